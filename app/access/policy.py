@@ -1,0 +1,180 @@
+"""The policy, readable in one sitting: which role may do what, and to whose patients.
+
+`decide` is pure. The facts it needs about a patient are relations; `clauses` says in SQL when
+each holds, and serves both one patient ("does it hold?") and lists ("for whom does it hold?"),
+so that a list can never show more than a single request would.
+"""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from datetime import datetime
+from enum import StrEnum
+
+import sqlalchemy as sa
+from sqlmodel import col
+
+from app.audit import Action
+from app.identity import Principal, Role
+from app.models import CareTeamMember, Instance, Order, OrderStatus, Patient, Study
+
+
+class Relation(StrEnum):
+    """What ties a caller to a patient. An order that was cancelled ties nobody."""
+
+    ATTENDS = "attends an order of the patient"
+    CARE_TEAM = "is on the patient's care team"
+    REQUESTED = "requested an order of the patient"
+    SITE_IMAGING = "the patient has an imaging order at the caller's site"
+    SITE_SCHEDULED = "the patient has an imaging order under way at the caller's site"
+    UPLOADED = "uploaded images of the patient"
+
+
+class Reason(StrEnum):
+    """Why not. The words a denial is recorded and explained with."""
+
+    NO_RELATIONSHIP = "no-relationship"
+    ROLE = "role"
+
+
+@dataclass(frozen=True)
+class Decision:
+    """Allowed, or denied with the reason. `by` are the relations that carried it."""
+
+    allowed: bool
+    reason: Reason | None = None
+    by: frozenset[Relation] = frozenset()
+
+
+ANY_PATIENT: frozenset[Relation] = frozenset()
+"""The role may do it to every patient, or it concerns no single patient."""
+
+TREATS = frozenset({Relation.REQUESTED, Relation.ATTENDS, Relation.CARE_TEAM})
+READS = frozenset({Relation.SITE_IMAGING})
+WORKS_ON = frozenset({Relation.SITE_SCHEDULED, Relation.UPLOADED})
+
+POLICY: Mapping[Role, Mapping[Action, frozenset[Relation]]] = {
+    Role.CLINICIAN: {
+        Action.PATIENT_LIST: TREATS,
+        Action.PATIENT_READ: TREATS,
+        Action.CARE_TEAM_READ: TREATS,
+        Action.ORDER_LIST: TREATS,
+        Action.ORDER_READ: TREATS,
+        Action.STUDY_LIST: TREATS,
+        Action.STUDY_READ: TREATS,
+        Action.STUDY_VIEW: TREATS,
+    },
+    Role.RADIOLOGIST: {
+        Action.PATIENT_LIST: READS,
+        Action.PATIENT_READ: READS,
+        Action.ORDER_LIST: READS,
+        Action.ORDER_READ: READS,
+        Action.STUDY_LIST: READS,
+        Action.STUDY_READ: READS,
+        Action.STUDY_VIEW: READS,
+        Action.STUDY_UPLOAD: READS,
+        Action.STUDY_COERCE: READS,
+        Action.STUDY_DELETE: READS,
+        Action.TAGS_READ: ANY_PATIENT,
+        Action.TAGS_MODIFY: ANY_PATIENT,
+    },
+    Role.TECHNOLOGIST: {
+        Action.PATIENT_LIST: WORKS_ON,
+        Action.PATIENT_READ: WORKS_ON,
+        Action.ORDER_LIST: WORKS_ON,
+        Action.ORDER_READ: WORKS_ON,
+        Action.STUDY_LIST: WORKS_ON,
+        Action.STUDY_READ: WORKS_ON,
+        Action.STUDY_VIEW: WORKS_ON,
+        Action.STUDY_UPLOAD: READS,
+        Action.STUDY_COERCE: READS,
+        Action.TAGS_READ: ANY_PATIENT,
+        Action.TAGS_MODIFY: ANY_PATIENT,
+    },
+    Role.SERVICE: {
+        Action.PATIENT_CREATE: ANY_PATIENT,
+        Action.PATIENT_LIST: ANY_PATIENT,
+        Action.PATIENT_READ: ANY_PATIENT,
+        Action.CARE_TEAM_READ: ANY_PATIENT,
+        Action.CARE_TEAM_WRITE: ANY_PATIENT,
+        Action.ORDER_CREATE: ANY_PATIENT,
+        Action.ORDER_LIST: ANY_PATIENT,
+        Action.ORDER_READ: ANY_PATIENT,
+        Action.ORDER_WRITE: ANY_PATIENT,
+        Action.STUDY_LIST: ANY_PATIENT,
+        Action.STUDY_READ: ANY_PATIENT,
+        Action.STUDY_VIEW: ANY_PATIENT,
+        Action.STUDY_UPLOAD: ANY_PATIENT,
+        Action.STUDY_DELETE: ANY_PATIENT,
+        Action.TAGS_READ: ANY_PATIENT,
+    },
+    Role.ADMIN: {Action.STATISTICS_READ: ANY_PATIENT},
+    Role.AUDITOR: {Action.AUDIT_READ: ANY_PATIENT},
+}
+
+
+def sufficing(principal: Principal, action: Action) -> list[frozenset[Relation]]:
+    """The relations that suffice, a set for each of the caller's roles that knows the action."""
+    return [
+        POLICY[role][action] for role in sorted(principal.roles) if action in POLICY.get(role, {})
+    ]
+
+
+def decide(principal: Principal, action: Action, relations: Iterable[Relation] = ()) -> Decision:
+    """May this caller do this, tied to the patient by these relations?"""
+    ways = sufficing(principal, action)
+    if not ways:
+        return Decision(allowed=False, reason=Reason.ROLE)
+    held = frozenset(relations)
+    if ANY_PATIENT in ways:
+        return Decision(allowed=True)
+    by = held.intersection(*[frozenset().union(*ways)])
+    if by:
+        return Decision(allowed=True, by=by)
+    return Decision(allowed=False, reason=Reason.NO_RELATIONSHIP)
+
+
+def clauses(principal: Principal, now: datetime) -> dict[Relation, sa.ColumnElement[bool]]:
+    """When each relation holds for the row of `Patient` in the surrounding query."""
+    live_order = (
+        sa.select(sa.literal(1))
+        .where(col(Order.patient_id) == Patient.id, col(Order.status) != OrderStatus.CANCELLED)
+        .correlate(Patient)
+    )
+    at_site = live_order.where(
+        col(Order.order_type) == "IMAGING", col(Order.site) == principal.site
+    )
+    member = (
+        sa.select(sa.literal(1))
+        .where(
+            col(CareTeamMember.patient_id) == Patient.id,
+            col(CareTeamMember.sub) == principal.sub,
+            sa.or_(col(CareTeamMember.expires_at).is_(None), col(CareTeamMember.expires_at) > now),
+        )
+        .correlate(Patient)
+    )
+    uploaded = (
+        sa.select(sa.literal(1))
+        .select_from(Instance)
+        .join(Study, col(Study.study_instance_uid) == col(Instance.study_instance_uid))
+        .where(col(Study.patient_id) == Patient.id, col(Instance.received_by) == principal.sub)
+        .correlate(Patient)
+    )
+    return {
+        Relation.REQUESTED: live_order.where(col(Order.requested_by) == principal.sub).exists(),
+        Relation.ATTENDS: live_order.where(col(Order.attending) == principal.sub).exists(),
+        Relation.CARE_TEAM: member.exists(),
+        Relation.SITE_IMAGING: at_site.exists(),
+        Relation.SITE_SCHEDULED: at_site.where(
+            col(Order.status).in_([OrderStatus.SCHEDULED, OrderStatus.IN_PROGRESS])
+        ).exists(),
+        Relation.UPLOADED: uploaded.exists(),
+    }
+
+
+def visible(principal: Principal, action: Action, now: datetime) -> sa.ColumnElement[bool]:
+    """For which rows of `Patient` would `decide` say yes?"""
+    ways = sufficing(principal, action)
+    if ANY_PATIENT in ways:
+        return sa.true()
+    holds = clauses(principal, now)
+    return sa.or_(sa.false(), *(holds[relation] for way in ways for relation in sorted(way)))

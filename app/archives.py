@@ -1,0 +1,122 @@
+"""ZIP files on their way in: opened without trusting a word they say of themselves.
+
+Nothing is ever unpacked to a name from the archive; each entry goes through one temporary file
+and is bounded by the bytes that really come out.
+"""
+
+import zipfile
+import zlib
+from collections.abc import Generator
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from tempfile import TemporaryFile
+from typing import BinaryIO
+
+from app.errors import LightboxError, TooLarge, Unprocessable
+
+CHUNK_BYTES = 256 * 1024
+ZIP_MAGIC = b"PK\x03\x04"
+EMPTY_ZIP_MAGIC = b"PK\x05\x06"
+
+
+@dataclass(frozen=True)
+class ZipLimits:
+    """`max_bytes` of everything unpacked, `max_files` entries, `max_ratio` unpacked to packed."""
+
+    max_bytes: int
+    max_files: int
+    max_ratio: int
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One file of an archive: its bytes at the start, or why it was refused."""
+
+    name: str
+    file: BinaryIO | None
+    refusal: LightboxError | None = None
+
+
+def is_zip(file: BinaryIO) -> bool:
+    """Does the file begin as a ZIP does? Leaves it at the start."""
+    file.seek(0)
+    magic = file.read(4)
+    file.seek(0)
+    return magic in (ZIP_MAGIC, EMPTY_ZIP_MAGIC)
+
+
+def entries(archive: BinaryIO, limits: ZipLimits, spool_dir: Path) -> Generator[Entry, None, None]:
+    """The files of an archive, one at a time; each is closed when the next is asked for.
+
+    Directories and the resource forks of macOS are passed over. An entry with a name that climbs
+    out, a nested ZIP or an encrypted entry is refused alone. Raises Unprocessable for a file that
+    is no readable ZIP or has too many entries, TooLarge for one that unpacks beyond the limits.
+    """
+    try:
+        with zipfile.ZipFile(archive) as opened:
+            infos = [info for info in opened.infolist() if not _passed_over(info)]
+            if len(infos) > limits.max_files:
+                raise Unprocessable(
+                    f"The ZIP has {len(infos)} files; at most {limits.max_files} are taken."
+                )
+            _refuse_bomb(sum(info.file_size for info in infos), archive, limits)
+            unpacked = 0
+            for info in infos:
+                refusal = _refusal(info)
+                if refusal is not None:
+                    yield Entry(_shown(info), None, refusal)
+                    continue
+                with TemporaryFile(dir=spool_dir) as file:
+                    with opened.open(info) as source:
+                        while chunk := source.read(CHUNK_BYTES):
+                            unpacked += len(chunk)
+                            _refuse_bomb(unpacked, archive, limits)
+                            file.write(chunk)
+                    if is_zip(file):
+                        nested = Unprocessable("A ZIP inside a ZIP is not taken: unpack it first.")
+                        yield Entry(_shown(info), None, nested)
+                    else:
+                        yield Entry(_shown(info), file)
+    except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, OSError) as error:
+        raise Unprocessable("The ZIP can't be read: it is broken or cut off.") from error
+    except (RuntimeError, ValueError) as error:
+        raise Unprocessable("The ZIP can't be read: it is encrypted or broken.") from error
+
+
+def _refuse_bomb(unpacked: int, archive: BinaryIO, limits: ZipLimits) -> None:
+    here = archive.tell()
+    packed = archive.seek(0, 2)
+    archive.seek(here)
+    # Small archives of blank images pack very well: the ratio counts from 1 MB on.
+    if unpacked > max(packed, 1) * limits.max_ratio and unpacked > 1024 * 1024:
+        raise TooLarge(
+            f"The ZIP unpacks to more than {limits.max_ratio} times its size, as a ZIP bomb does. "
+            "Nothing more of it was taken."
+        )
+    if unpacked > limits.max_bytes:
+        raise TooLarge(
+            f"The ZIP unpacks to more than the limit of {limits.max_bytes} bytes. Nothing more of "
+            "it was taken."
+        )
+
+
+def _passed_over(info: zipfile.ZipInfo) -> bool:
+    return info.is_dir() or info.filename.startswith("__MACOSX/")
+
+
+def _refusal(info: zipfile.ZipInfo) -> LightboxError | None:
+    path = PurePosixPath(info.filename.replace("\\", "/"))
+    if path.is_absolute() or ".." in path.parts or ":" in path.parts[0]:
+        return Unprocessable("The name of this ZIP entry leads out of the archive.")
+    if info.flag_bits & 0x1:
+        return Unprocessable("This ZIP entry is encrypted.")
+    if info.filename.lower().endswith(".zip"):
+        return Unprocessable("A ZIP inside a ZIP is not taken: unpack it first.")
+    return None
+
+
+def _shown(info: zipfile.ZipInfo) -> str:
+    """The entry's name, safe to show."""
+    return "".join(
+        each if each.isprintable() else "\N{REPLACEMENT CHARACTER}" for each in info.filename
+    )[:255]

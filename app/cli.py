@@ -1,0 +1,105 @@
+"""The command line: `python -m app --help`."""
+
+import logging
+import tempfile
+from typing import Annotated, NoReturn
+
+import typer
+import uvicorn
+from pydantic import ValidationError
+from sqlalchemy.engine import make_url
+from sqlalchemy.exc import SQLAlchemyError
+
+from app.db import migrate as migrate_database
+from app.identity import Role, issue_token
+from app.main import create_app
+from app.settings import Settings
+
+cli = typer.Typer(
+    help="Lightbox: the imaging adapter of an EHR. Settings are read from LIGHTBOX_... "
+    "environment variables; docs/configuration.md lists them.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+
+def main() -> None:
+    """Run the command line; known failures are one sentence on standard error."""
+    cli(prog_name="python -m app")
+
+
+@cli.command()
+def serve(
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Port to listen on.")] = 8080,
+    trusted_edge: Annotated[
+        str, typer.Option(help="Addresses whose X-Forwarded-For is believed, or `*`.")
+    ] = "127.0.0.1",
+) -> None:
+    """Run the application. The edge (nginx) stands in front of it."""
+    settings = _settings()
+    logging.basicConfig(
+        level=settings.log_level, format="%(asctime)s %(levelname)s %(name)s %(message)s"
+    )
+    # httpx names whole URLs at INFO; ours hold UIDs.
+    logging.getLogger("httpx").setLevel(logging.WARNING)
+    tempfile.tempdir = str(settings.spool_dir)  # where multipart files spill over to
+    uvicorn.run(
+        create_app(settings),
+        host=host,
+        port=port,
+        access_log=False,  # the edge logs requests, without their queries
+        proxy_headers=True,
+        forwarded_allow_ips=trusted_edge,
+        server_header=False,
+        date_header=False,
+        log_config=None,
+        timeout_graceful_shutdown=10,
+    )
+
+
+@cli.command()
+def migrate() -> None:
+    """Bring the database to this version, and grant the application's role what it needs."""
+    settings = _settings()
+    owner_url = settings.migration_database_url or settings.database_url
+    app_role = make_url(settings.database_url).username
+    if app_role == make_url(owner_url).username:
+        app_role = None
+    try:
+        migrate_database(owner_url, app_role)
+    except SQLAlchemyError as error:
+        _fail(f"The database can't be migrated: {str(error).splitlines()[0]}")
+    typer.echo("The database is up to date.")
+
+
+@cli.command()
+def token(
+    sub: Annotated[str, typer.Option(help="Who the token speaks for.")],
+    role: Annotated[list[Role], typer.Option(help="A role; may be given several times.")],
+    minutes: Annotated[int, typer.Option(help="How long it holds.", min=1)] = 60,
+) -> None:
+    """Print a development token; only where LIGHTBOX_JWT_SECRET is set."""
+    try:
+        typer.echo(issue_token(_settings(), sub, role, minutes))
+    except ValueError as error:
+        _fail(str(error))
+
+
+def _settings() -> Settings:
+    try:
+        return Settings()  # type: ignore[call-arg]  # read from the environment
+    except ValidationError as error:
+        lines = [
+            f"  LIGHTBOX_{'_'.join(str(part) for part in each['loc']).upper()}: {each['msg']}"
+            if each["loc"]
+            else f"  {each['msg']}"
+            for each in error.errors()
+        ]
+        _fail("The configuration is not complete:\n" + "\n".join(lines))
+
+
+def _fail(sentence: str) -> NoReturn:
+    typer.echo(sentence, err=True)
+    raise typer.Exit(1)

@@ -1,0 +1,226 @@
+"""The only module that talks to Orthanc.
+
+Everything asked of Orthanc is a canonical request built here from validated UIDs or Orthanc ids;
+nothing of a client's path, query or headers is ever passed on. Its answers are checked before
+they are believed, and its error bodies never leave this module.
+"""
+
+import json
+import re
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from typing import Any, BinaryIO, Self
+
+import anyio.to_thread
+import httpx
+from pyorthanc import AsyncOrthanc
+
+from app.errors import MalformedDicom, NotFound, OrthancUnavailable
+from app.settings import Settings
+
+CHUNK_BYTES = 256 * 1024
+_ORTHANC_ID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{8}){4}")
+# Orthanc closes idle connections after 1 s: drop ours earlier, or a request meets a closed one.
+_LIMITS = httpx.Limits(max_connections=20, keepalive_expiry=0.8)
+
+
+@dataclass(frozen=True)
+class Stored:
+    """What Orthanc said to an instance: its ids, and whether it was new."""
+
+    instance_id: str
+    series_id: str
+    study_id: str
+    new: bool
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """The archive's totals; `disk_size_mb` in MiB."""
+
+    patients: int
+    studies: int
+    series: int
+    instances: int
+    disk_size_mb: float
+
+
+class Orthanc:
+    """Orthanc's REST API and DICOMweb, with its failures told apart.
+
+    Every method raises OrthancUnavailable where Orthanc doesn't answer, answers with an error
+    we didn't provoke, or with something that makes no sense.
+    """
+
+    def __init__(self, client: AsyncOrthanc) -> None:
+        self._client = client
+
+    @classmethod
+    def from_settings(cls, settings: Settings) -> Self:
+        return cls(
+            AsyncOrthanc(
+                settings.orthanc_url,
+                username=settings.orthanc_username,
+                password=settings.orthanc_password.get_secret_value(),
+                return_raw_response=True,
+                timeout=httpx.Timeout(settings.orthanc_timeout_seconds, connect=5.0),
+                limits=_LIMITS,
+                trust_env=False,
+                headers={"Accept-Encoding": "identity"},
+            )
+        )
+
+    async def close(self) -> None:
+        await self._client.aclose()
+
+    async def version(self) -> str:
+        """Orthanc's version."""
+        system = _json(await self._ask("GET", "/system"))
+        return str(_field(system, "Version", str))
+
+    async def statistics(self) -> Statistics:
+        """The archive's totals."""
+        answer = _json(await self._ask("GET", "/statistics"))
+        try:
+            return Statistics(
+                patients=int(answer["CountPatients"]),
+                studies=int(answer["CountStudies"]),
+                series=int(answer["CountSeries"]),
+                instances=int(answer["CountInstances"]),
+                disk_size_mb=round(int(answer["TotalDiskSize"]) / (1024 * 1024), 3),
+            )
+        except (KeyError, ValueError, TypeError) as error:
+            raise _nonsense() from error
+
+    async def store(self, file: BinaryIO, size: int) -> Stored:
+        """Store one DICOM file, streamed from where `file` stands.
+
+        Raises MalformedDicom where Orthanc finds the file bad.
+        """
+        response = await self._ask(
+            "POST",
+            "/instances",
+            content=_chunks(file),
+            headers={"Content-Type": "application/dicom", "Content-Length": str(size)},
+            pass_on=(400,),
+        )
+        if response.status_code == 400:
+            raise MalformedDicom("The archive can't read this file as DICOM; nothing was stored.")
+        answer = _json(response)
+        status = _field(answer, "Status", str)
+        if status not in ("Success", "AlreadyStored"):
+            raise OrthancUnavailable(
+                "The image archive did not store the file. Nothing was linked; try again later."
+            )
+        return Stored(
+            instance_id=_orthanc_id(answer, "ID"),
+            series_id=_orthanc_id(answer, "ParentSeries"),
+            study_id=_orthanc_id(answer, "ParentStudy"),
+            new=status == "Success",
+        )
+
+    async def owners(self, study_instance_uid: str) -> list[str]:
+        """The Orthanc ids of all studies with this StudyInstanceUID.
+
+        More than one: the UID is in the archive under several PatientIDs.
+        """
+        response = await self._ask("POST", "/tools/lookup", content=study_instance_uid.encode())
+        found = _json(response, list)
+        return [
+            _orthanc_id(each, "ID")
+            for each in found
+            if isinstance(each, dict) and each.get("Type") == "Study"
+        ]
+
+    async def delete_study(self, orthanc_id: str) -> None:
+        """Delete a study. One that is gone already is as good."""
+        await self._ask("DELETE", f"/studies/{_valid_id(orthanc_id)}", pass_on=(404,))
+
+    async def delete_instance(self, orthanc_id: str) -> None:
+        """Delete an instance. One that is gone already is as good."""
+        await self._ask("DELETE", f"/instances/{_valid_id(orthanc_id)}", pass_on=(404,))
+
+    async def series_metadata(self, study_instance_uid: str, series_instance_uid: str) -> bytes:
+        """The DICOM JSON of a series (PS3.18 10.4.1.1.2, F.2), as Orthanc says it.
+
+        The UIDs must be valid. Raises NotFound.
+        """
+        response = await self._ask(
+            "GET",
+            f"/dicom-web/studies/{study_instance_uid}/series/{series_instance_uid}/metadata",
+            headers={"Accept": "application/dicom+json"},
+            pass_on=(404,),
+        )
+        if response.status_code == 404:
+            raise NotFound("The image archive does not hold this series any more.")
+        return response.content
+
+    async def _ask(
+        self,
+        method: str,
+        path: str,
+        *,
+        content: bytes | AsyncIterator[bytes] | None = None,
+        headers: dict[str, str] | None = None,
+        pass_on: tuple[int, ...] = (),
+    ) -> httpx.Response:
+        try:
+            response: httpx.Response = await self._client.request(
+                method, f"{self._client.url}{path}", content=content, headers=headers
+            )
+        except (httpx.HTTPError, httpx.StreamError) as error:
+            raise OrthancUnavailable(
+                "The image archive does not answer. Try again in a moment."
+            ) from error
+        status = response.status_code
+        if status in pass_on or 200 <= status < 300:
+            return response
+        if status in (401, 403):
+            raise OrthancUnavailable(
+                "The image archive refused Lightbox's credentials: an administrator must check "
+                "LIGHTBOX_ORTHANC_USERNAME and LIGHTBOX_ORTHANC_PASSWORD."
+            )
+        if status == 507:
+            raise OrthancUnavailable("The image archive has no room left. Nothing was stored.")
+        raise OrthancUnavailable("The image archive answered with an error. Try again in a moment.")
+
+
+async def _chunks(file: BinaryIO) -> AsyncIterator[bytes]:
+    while chunk := await anyio.to_thread.run_sync(file.read, CHUNK_BYTES):
+        yield chunk
+
+
+def _json(response: httpx.Response, kind: type = dict) -> Any:
+    try:
+        answer = json.loads(response.content)
+    except ValueError as error:
+        raise _nonsense() from error
+    if not isinstance(answer, kind):
+        raise _nonsense()
+    return answer
+
+
+def _field(answer: dict[str, Any], name: str, kind: type) -> Any:
+    value = answer.get(name)
+    if not isinstance(value, kind):
+        raise _nonsense()
+    return value
+
+
+def _orthanc_id(answer: dict[str, Any], name: str) -> str:
+    value = answer.get(name)
+    if not isinstance(value, str) or not _ORTHANC_ID.fullmatch(value):
+        raise _nonsense()
+    return value
+
+
+def _valid_id(orthanc_id: str) -> str:
+    if not _ORTHANC_ID.fullmatch(orthanc_id):
+        raise ValueError(f"not an Orthanc id: {orthanc_id!r}")
+    return orthanc_id
+
+
+def _nonsense() -> OrthancUnavailable:
+    return OrthancUnavailable(
+        "The image archive gave an answer that makes no sense; is it really Orthanc?"
+    )

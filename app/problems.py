@@ -1,0 +1,160 @@
+"""One error shape: RFC 9457 problem+json, whatever went wrong; and the id of every request."""
+
+import json
+import logging
+import re
+from collections.abc import Mapping
+from typing import Any
+from uuid import uuid4
+
+import sqlalchemy as sa
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.exceptions import HTTPException
+from starlette.responses import Response
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from app.errors import DatabaseUnavailable, LightboxError, Unauthenticated, Unavailable
+
+logger = logging.getLogger(__name__)
+
+_SANE_REQUEST_ID = re.compile(r"[A-Za-z0-9._:+=@-]{1,64}")
+_TITLES = {404: "Not found", 405: "Method not allowed", 400: "Bad request"}
+_DETAILS = {
+    404: "There is nothing at this address. See /docs for what there is.",
+    405: "This address does not take this method.",
+    400: "The request could not be read.",
+}
+
+
+class ProblemResponse(Response):
+    media_type = "application/problem+json"
+
+
+def problem(
+    request: Request,
+    status: int,
+    title: str,
+    detail: str,
+    *,
+    slug: str = "about:blank",
+    extra: Mapping[str, Any] | None = None,
+    headers: Mapping[str, str] | None = None,
+) -> ProblemResponse:
+    """A problem answer. `slug` becomes `type`; docs/api.md lists them."""
+    body = {
+        "type": slug if slug == "about:blank" else f"urn:lightbox:problem:{slug}",
+        "title": title,
+        "status": status,
+        "detail": detail,
+        "request_id": getattr(request.state, "request_id", ""),
+        **(extra or {}),
+    }
+    return ProblemResponse(
+        json.dumps(body, ensure_ascii=False),
+        status,
+        {"Cache-Control": "no-store", **(headers or {})},
+    )
+
+
+def of_error(request: Request, error: LightboxError) -> ProblemResponse:
+    """The answer to one of our own errors."""
+    headers: dict[str, str] = {}
+    if isinstance(error, Unavailable):
+        headers["Retry-After"] = str(error.retry_after_seconds)
+    if isinstance(error, Unauthenticated):
+        headers["WWW-Authenticate"] = 'Bearer realm="lightbox"'
+    return problem(
+        request,
+        error.status,
+        error.title,
+        error.detail,
+        slug=error.slug,
+        extra=error.extra,
+        headers=headers,
+    )
+
+
+def install(app: FastAPI) -> None:
+    """Answer every error of the app in the one shape."""
+
+    async def ours(request: Request, error: Exception) -> Response:
+        assert isinstance(error, LightboxError)
+        return of_error(request, error)
+
+    async def invalid(request: Request, error: Exception) -> Response:
+        assert isinstance(error, RequestValidationError)
+        # The input itself is not repeated: it may hold a patient's data.
+        errors = [
+            {"field": ".".join(str(part) for part in each["loc"]), "problem": each["msg"]}
+            for each in error.errors()
+        ]
+        named = "; ".join(f"{each['field']}: {each['problem']}" for each in errors[:5])
+        return problem(
+            request,
+            422,
+            "Invalid request",
+            f"The request does not fit: {named}.",
+            slug="invalid-request",
+            extra={"errors": errors},
+        )
+
+    async def http(request: Request, error: Exception) -> Response:
+        assert isinstance(error, HTTPException)
+        status = error.status_code
+        return problem(
+            request,
+            status,
+            _TITLES.get(status, "Error"),
+            _DETAILS.get(status, "The request failed."),
+            headers=error.headers,
+        )
+
+    async def database(request: Request, error: Exception) -> Response:
+        logger.error("database: %s", type(error).__name__, exc_info=error)
+        return of_error(
+            request, DatabaseUnavailable("The database does not answer. Try again in a moment.")
+        )
+
+    async def unforeseen(request: Request, error: Exception) -> Response:
+        return problem(
+            request,
+            500,
+            "Internal error",
+            "Lightbox failed at this request; nothing more is known to you. Name the request_id "
+            "to whoever runs it.",
+            slug="internal-error",
+        )
+
+    app.add_exception_handler(LightboxError, ours)
+    app.add_exception_handler(RequestValidationError, invalid)
+    app.add_exception_handler(HTTPException, http)
+    for kind in (sa.exc.OperationalError, sa.exc.InterfaceError, sa.exc.TimeoutError):
+        app.add_exception_handler(kind, database)
+    app.add_exception_handler(Exception, unforeseen)
+
+
+class RequestId:
+    """Gives every request an id, the caller's own if it is a sane one, and says it back."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        given = Headers(scope=scope).get("x-request-id", "")
+        request_id = given if _SANE_REQUEST_ID.fullmatch(given) else uuid4().hex
+        scope.setdefault("state", {})["request_id"] = request_id
+
+        async def named(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                headers = MutableHeaders(scope=message)
+                headers["X-Request-ID"] = request_id
+                headers.setdefault("Cache-Control", "no-store")
+                headers.setdefault("X-Content-Type-Options", "nosniff")
+            await send(message)
+
+        await self.app(scope, receive, named)

@@ -1,0 +1,1 @@
+"""HTTP only: parse, call one function below, shape the answer. One file a noun."""

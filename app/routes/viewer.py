@@ -1,0 +1,169 @@
+"""Viewer links on the API origin; their opening, and the pages around it, on the viewer's."""
+
+from datetime import datetime
+from typing import Annotated
+from uuid import UUID
+
+from fastapi import Depends, Query, Request
+from fastapi.responses import HTMLResponse, RedirectResponse, Response
+from pydantic import BaseModel
+
+from app import linking
+from app.access import Grant, PatientAccess, Public, Subject
+from app.access.guards import origin_of
+from app.audit import Action
+from app.dicom import parse_uid
+from app.errors import Conflict, LightboxError, Unprocessable
+from app.linking import StudySummary
+from app.routes.studies import StudyUid
+from app.routing import AccessRouter
+from app.settings import Settings
+from app.viewer import COMPARE_LAYOUT, EHR_PAGE, SessionCookie, Viewer, page
+from app.viewer.sessions import COOKIE_NAME
+
+router = AccessRouter(tags=["viewer"])
+
+ViewStudy = Annotated[
+    PatientAccess, Depends(Grant(Action.STUDY_VIEW, of=Subject.STUDY), scope="function")
+]
+ViewOrder = Annotated[
+    PatientAccess, Depends(Grant(Action.STUDY_VIEW, of=Subject.ORDER), scope="function")
+]
+ViewPatient = Annotated[
+    PatientAccess, Depends(Grant(Action.STUDY_VIEW, of=Subject.PATIENT), scope="function")
+]
+A_PAGE = Depends(Public("a page or a redirect; it shows no patient data"))
+
+
+class ViewerLink(BaseModel):
+    """A link that opens once, until `expires_at`; the viewer it opens ends at the latest at
+    `session_expires_at`."""
+
+    url: str
+    study_count: int
+    study_instance_uids: list[str]
+    order_id: UUID | None = None
+    patient_id: UUID
+    expires_at: datetime
+    session_expires_at: datetime
+
+
+@router.get("/api/v1/dicom/viewer/url/{study_instance_uid}")
+async def link_to_study(
+    access: ViewStudy,
+    study_instance_uid: StudyUid,
+    request: Request,
+    compare_with: Annotated[
+        str, Query(description="A second study of the same patient, shown side by side.")
+    ] = "",
+) -> ViewerLink:
+    """A link that opens one study, or two of the same patient side by side."""
+    known = await linking.studies_of(access)
+    opened = [_one(known, study_instance_uid)]
+    if compare_with:
+        try:
+            parse_uid(compare_with)
+        except ValueError as error:
+            raise Unprocessable(f"`compare_with` is not a UID: {error}") from error
+        if compare_with == study_instance_uid:
+            raise Unprocessable("`compare_with` must be another study.")
+        opened.append(_one(known, compare_with))
+    return await _link(request, access, opened, known, COMPARE_LAYOUT if compare_with else "")
+
+
+@router.get("/api/v1/dicom/viewer/url/order/{order_id}")
+async def link_to_order(access: ViewOrder, order_id: UUID, request: Request) -> ViewerLink:
+    """A link that opens the studies of an order. 404 while there are no images."""
+    opened = await linking.studies_of(access)
+    return await _link(request, access, opened, await linking.patient_studies_of(access))
+
+
+@router.get("/api/v1/dicom/viewer/url/patient/{patient_id}")
+async def link_to_patient(access: ViewPatient, patient_id: UUID, request: Request) -> ViewerLink:
+    """A link that opens all studies of a patient, newest first. 404 while there are none."""
+    opened = await linking.studies_of(access)
+    return await _link(request, access, opened, opened)
+
+
+@router.get("/", dependencies=[A_PAGE], include_in_schema=False)
+async def viewer_root(request: Request) -> Response:
+    """What somebody sees who opens the viewer's bare address."""
+    return HTMLResponse(page(*EHR_PAGE, origin_of(request).request_id))
+
+
+@router.get("/viewer", dependencies=[A_PAGE], response_class=HTMLResponse)
+async def open_viewer(
+    request: Request,
+    launch: Annotated[str, Query(max_length=128)] = "",
+    ctx: Annotated[str, Query(max_length=64)] = "",
+) -> Response:
+    """Trade a one-time code for a cookie and a clean URL; then serve OHIF at that URL."""
+    viewer: Viewer = request.app.state.viewer
+    settings: Settings = request.app.state.settings
+    origin = origin_of(request)
+    if launch:
+        try:
+            redeemed = await viewer.redeem(launch, origin)
+        except LightboxError as error:
+            return _refusal(error.status, error.detail, origin.request_id)
+        answer = RedirectResponse(redeemed.clean_path, status_code=303)
+        answer.set_cookie(
+            COOKIE_NAME,
+            redeemed.cookie_value,
+            max_age=redeemed.max_age_seconds,
+            path=redeemed.cookie_path,
+            httponly=True,
+            secure=settings.viewer_base_url.startswith("https://"),
+            samesite="strict",
+        )
+        return answer
+    if not ctx:
+        return HTMLResponse(page(*EHR_PAGE, origin.request_id), status_code=404)
+    if not await viewer.is_live(ctx):
+        return _refusal(403, await viewer.why_over(ctx), origin.request_id)
+    return Response(headers={"X-Accel-Redirect": "/_ohif/index.html"}, media_type="text/html")
+
+
+@router.get("/s/{ctx}/status", dependencies=[Depends(SessionCookie())], status_code=204)
+async def session_status(ctx: str) -> None:
+    """204 while this browser's viewing session lives."""
+
+
+@router.get("/s/{ctx}/ended", dependencies=[A_PAGE], response_class=HTMLResponse)
+async def session_ended(request: Request, ctx: str) -> Response:
+    """The page that a viewer turns to when its session doesn't answer any more."""
+    viewer: Viewer = request.app.state.viewer
+    return _refusal(200, await viewer.why_over(ctx), origin_of(request).request_id)
+
+
+def _refusal(status: int, sentence: str, request_id: str) -> HTMLResponse:
+    title = "The images can't be shown" if status == 503 else "These images can't be opened"
+    return HTMLResponse(page(title, sentence, request_id), status_code=status)
+
+
+def _one(known: list[StudySummary], uid: str) -> StudySummary:
+    """The study among the patient's own. Raises Conflict: two patients are never shown in one."""
+    for summary in known:
+        if summary.study.study_instance_uid == uid:
+            return summary
+    raise Conflict("The two studies are not both of this patient; they can't be shown together.")
+
+
+async def _link(
+    request: Request,
+    access: PatientAccess,
+    opened: list[StudySummary],
+    known: list[StudySummary],
+    layout: str = "",
+) -> ViewerLink:
+    viewer: Viewer = request.app.state.viewer
+    launch = await viewer.launch(access, opened, known, layout=layout)
+    return ViewerLink(
+        url=launch.url,
+        study_count=len(launch.study_instance_uids),
+        study_instance_uids=launch.study_instance_uids,
+        order_id=access.order.id if access.order else None,
+        patient_id=access.patient.id,
+        expires_at=launch.expires_at,
+        session_expires_at=launch.session_expires_at,
+    )

@@ -1,0 +1,17 @@
+"""Opening the viewer: launch sessions, the guard of its requests, and the pages that say why not."""
+
+from app.viewer.guard import SessionCookie, ViewerGrant
+from app.viewer.pages import EHR_PAGE, page
+from app.viewer.sessions import COMPARE_LAYOUT, Launch, Redeemed, SessionOver, Viewer
+
+__all__ = [
+    "COMPARE_LAYOUT",
+    "EHR_PAGE",
+    "Launch",
+    "Redeemed",
+    "SessionCookie",
+    "SessionOver",
+    "Viewer",
+    "ViewerGrant",
+    "page",
+]

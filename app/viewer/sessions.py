@@ -1,0 +1,517 @@
+"""Launch sessions: one opening of the viewer, for one person and one patient.
+
+The API answers with a link that holds a one-time code, good for a minute. Opening it trades the
+code for an HttpOnly cookie limited to `/s/<ctx>/` (so that two tabs don't overwrite each other)
+and a clean URL. Each request of the viewer is decided anew: the session, the right of the person
+behind it, the study. A session ends after a while without use, at an absolute limit, and at once
+when its order is cancelled, its study deleted, or the right lost.
+"""
+
+import hashlib
+import hmac
+import secrets
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from datetime import datetime, timedelta
+from enum import StrEnum
+from urllib.parse import urlencode
+from uuid import UUID
+
+import sqlalchemy as sa
+from sqlmodel import col, select
+from sqlmodel.ext.asyncio.session import AsyncSession
+
+from app.access import Denial, Gate, PatientAccess, Subject
+from app.audit import Action, AuditTrail, Entry, Origin, Outcome
+from app.db import Database, utcnow
+from app.errors import Conflict, Forbidden, Gone, LightboxError, NotFound, Unauthenticated
+from app.identity import Principal, Role
+from app.linking import StudySummary
+from app.models import LaunchSession, LaunchStudy
+from app.orthanc import Orthanc
+from app.settings import Settings
+
+COOKIE_NAME = "lightbox"
+COMPARE_LAYOUT = "@ohif/hpCompare"  # OHIF's hanging protocol for two studies side by side
+
+
+class EndedBecause(StrEnum):
+    """Why a session is over; the refusal page has a sentence for each."""
+
+    EXPIRED = "expired"
+    IDLE = "idle"
+    ORDER_CANCELLED = "order-cancelled"
+    RIGHT_LOST = "right-lost"
+    STUDY_DELETED = "study-deleted"
+    UNUSED = "unused"
+
+
+ENDED_SENTENCES = {
+    EndedBecause.EXPIRED: "This viewing session has reached its time limit.",
+    EndedBecause.IDLE: "This viewing session was not used for a while and has ended.",
+    EndedBecause.ORDER_CANCELLED: "The order whose images were open here has been cancelled.",
+    EndedBecause.RIGHT_LOST: "You no longer have access to this patient's images.",
+    EndedBecause.STUDY_DELETED: "The images that were open here have been deleted.",
+    EndedBecause.UNUSED: "This link was not opened in time.",
+}
+
+
+@dataclass(frozen=True)
+class Launch:
+    """A new launch: the link to open, once, until `expires_at`."""
+
+    url: str
+    study_instance_uids: list[str]
+    expires_at: datetime
+    session_expires_at: datetime
+
+
+@dataclass(frozen=True)
+class Redeemed:
+    """What the browser gets for its code."""
+
+    clean_path: str
+    cookie_value: str
+    cookie_path: str
+    max_age_seconds: int
+
+
+class SessionOver(Forbidden):
+    """The session is over; `because` says why."""
+
+    def __init__(self, because: EndedBecause) -> None:
+        super().__init__(ENDED_SENTENCES[because], extra={"reason": because.value})
+        self.because = because
+
+
+class Viewer:
+    """Makes, redeems, checks and ends launch sessions. One per app."""
+
+    def __init__(
+        self, settings: Settings, database: Database, gate: Gate, orthanc: Orthanc
+    ) -> None:
+        self._settings = settings
+        self._database = database
+        self._gate = gate
+        self._orthanc = orthanc
+        self._counts: dict[tuple[str, str], tuple[int, datetime]] = {}
+
+    async def launch(
+        self,
+        access: PatientAccess,
+        opened: Sequence[StudySummary],
+        known: Sequence[StudySummary],
+        *,
+        layout: str = "",
+    ) -> Launch:
+        """A link that opens `opened`, with the patient's other `known` studies as priors.
+
+        Raises NotFound where there is nothing to open, Conflict where the archive holds one of
+        the studies under two patients.
+        """
+        if not opened:
+            raise NotFound(
+                "There are no images yet: nothing has been stored for this "
+                f"{'order' if access.order else 'patient'}."
+            )
+        for summary in opened:
+            if await self._orthanc.owners(summary.study.study_instance_uid) != [
+                summary.study.orthanc_id
+            ]:
+                raise Conflict(
+                    "The image archive does not hold this study under this patient alone (it may "
+                    "have been removed there, or stored for another patient as well). It can't be "
+                    "shown until a radiology administrator has looked at it."
+                )
+        now, code = utcnow(), secrets.token_urlsafe(32)
+        uids = [summary.study.study_instance_uid for summary in opened]
+        session = LaunchSession(
+            ctx=secrets.token_urlsafe(16),
+            code_sha256=_sha256(code),
+            actor=access.principal.sub,
+            actor_name=access.principal.name,
+            actor_roles=access.principal.roles_text,
+            actor_site=access.principal.site,
+            patient_id=access.patient.id,
+            order_id=access.order.id if access.order else None,
+            opens=",".join(uids),
+            layout=layout,
+            code_expires_at=now + timedelta(seconds=self._settings.launch_code_seconds),
+            expires_at=now + timedelta(hours=self._settings.session_max_hours),
+        )
+        access.session.add(session)
+        await access.session.flush()
+        allowed = {summary.study.study_instance_uid for summary in (*opened, *known)}
+        access.session.add_all(
+            [LaunchStudy(ctx=session.ctx, study_instance_uid=uid) for uid in sorted(allowed)]
+        )
+        await access.done(ctx=session.ctx, detail={"opens": uids, "study_count": len(allowed)})
+        query = urlencode({"StudyInstanceUIDs": session.opens, "launch": code}, safe=",")
+        return Launch(
+            url=f"{self._settings.viewer_base_url}/viewer?{query}",
+            study_instance_uids=uids,
+            expires_at=session.code_expires_at,
+            session_expires_at=session.expires_at,
+        )
+
+    async def redeem(self, code: str, origin: Origin) -> Redeemed:
+        """Trade a code for a cookie: once, in time, and while the right still stands.
+
+        Raises NotFound for a code never given, Gone for a used or late one, SessionOver, Denial.
+        """
+        now = utcnow()
+        async with self._database.session() as session:
+            launch = (
+                await session.exec(
+                    select(LaunchSession).where(LaunchSession.code_sha256 == _sha256(code))
+                )
+            ).first()
+            entry = Entry(action=Action.SESSION_OPEN, outcome=Outcome.DENIED, origin=origin)
+            if launch is None:
+                await self._gate.trail.record(replace(entry, reason="unknown-code"))
+                raise NotFound("This link is not known. Open the images from the EHR again.")
+            entry = replace(
+                entry,
+                actor=launch.actor,
+                actor_roles=launch.actor_roles,
+                patient_id=launch.patient_id,
+                order_id=launch.order_id,
+                ctx=launch.ctx,
+            )
+            refusal = _refusal_of_link(launch, now)
+            if refusal is not None:
+                await self._gate.trail.record(replace(entry, reason=refusal.extra["reason"]))
+                raise refusal
+            ctx, opens, layout = launch.ctx, launch.opens, launch.layout
+            await self._still_allowed(session, launch, origin, Subject.PATIENT, launch.patient_id)
+            cookie = secrets.token_urlsafe(32)
+            redeemed = await session.execute(
+                sa.update(LaunchSession)
+                .where(col(LaunchSession.ctx) == ctx, col(LaunchSession.redeemed_at).is_(None))
+                .values(redeemed_at=now, last_used_at=now, cookie_sha256=_sha256(cookie))
+            )
+            if redeemed.rowcount != 1:  # type: ignore[attr-defined]
+                # Two browsers opened it at the same moment; the other was first.
+                await self._gate.trail.record(replace(entry, reason="used"))
+                raise _used()
+            await AuditTrail.add(session, replace(entry, outcome=Outcome.GRANTED))
+            await session.commit()
+        query = {"StudyInstanceUIDs": opens, "ctx": ctx}
+        if layout:
+            query["hangingProtocolId"] = layout
+        return Redeemed(
+            clean_path=f"/viewer?{urlencode(query, safe=',@/')}",
+            cookie_value=cookie,
+            cookie_path=f"/s/{ctx}/",
+            max_age_seconds=self._settings.session_max_hours * 3600,
+        )
+
+    async def open_session(
+        self, session: AsyncSession, ctx: str, cookie: str | None
+    ) -> LaunchSession:
+        """The live session that the cookie proves.
+
+        Raises Unauthenticated without the right cookie, SessionOver where it has ended.
+        """
+        launch = await session.get(LaunchSession, ctx)
+        proof = launch.cookie_sha256 if launch is not None else None
+        if launch is None or proof is None or cookie is None:
+            raise _not_yours()
+        if not hmac.compare_digest(proof, _sha256(cookie)):
+            raise _not_yours()
+        because = self._over(launch, utcnow())
+        if because is not None:
+            raise SessionOver(because)
+        return launch
+
+    async def study_access(
+        self, session: AsyncSession, launch: LaunchSession, study_uid: str, origin: Origin
+    ) -> PatientAccess:
+        """The session's access to one of its studies; the first one is recorded before it counts.
+
+        Raises NotFound for a study that is not the session's, Denial where the right is lost
+        (which ends the session), AuditUnavailable.
+        """
+        granted = await session.get(LaunchStudy, (launch.ctx, study_uid))
+        if granted is None:
+            await self._gate.trail.record(
+                Entry(
+                    action=Action.STUDY_VIEW,
+                    outcome=Outcome.DENIED,
+                    origin=origin,
+                    actor=launch.actor,
+                    actor_roles=launch.actor_roles,
+                    reason="not-in-session",
+                    patient_id=launch.patient_id,
+                    ctx=launch.ctx,
+                    detail={"requested": study_uid},
+                )
+            )
+            raise NotFound("This viewing session does not include this study.")
+        first = granted.first_accessed_at is None
+        access = await self._still_allowed(session, launch, origin, Subject.STUDY, study_uid)
+        if access.patient.id != launch.patient_id:
+            # The study was moved to another patient meanwhile: not this session's any more.
+            raise NotFound("This viewing session does not include this study.")
+        if first:
+            await self._record_first_access(access)
+        count, _ = self._counts.get((launch.ctx, study_uid), (0, None))
+        self._counts[launch.ctx, study_uid] = (count + 1, utcnow())
+        return access
+
+    async def patient_access(
+        self, session: AsyncSession, launch: LaunchSession, origin: Origin
+    ) -> PatientAccess:
+        """The session's access to its patient, for searches. Raises Denial."""
+        return await self._still_allowed(
+            session, launch, origin, Subject.PATIENT, launch.patient_id
+        )
+
+    async def session_studies(self, access: PatientAccess) -> set[str]:
+        """The StudyInstanceUIDs of the access's session."""
+        rows = await access.session.exec(
+            select(LaunchStudy.study_instance_uid).where(LaunchStudy.ctx == access.ctx)
+        )
+        return set(rows)
+
+    async def why_over(self, ctx: str) -> str:
+        """The sentence for the page of a session that doesn't answer any more."""
+        async with self._database.session() as session:
+            launch = await session.get(LaunchSession, ctx)
+            because = self._over(launch, utcnow()) if launch is not None else None
+        if because is not None:
+            return ENDED_SENTENCES[because]
+        return "This viewing session belongs to another browser, or is not known."
+
+    async def is_live(self, ctx: str) -> bool:
+        """Is there a redeemed session of that name that has not ended? (Not: may you use it.)"""
+        async with self._database.session() as session:
+            launch = await session.get(LaunchSession, ctx)
+            return (
+                launch is not None
+                and launch.redeemed_at is not None
+                and self._over(launch, utcnow()) is None
+            )
+
+    async def flush(self) -> None:
+        """Write what was counted since the last time, and slide the sessions that were used."""
+        counts, self._counts = self._counts, {}
+        if not counts:
+            return
+        async with self._database.session() as session:
+            for (ctx, uid), (count, last) in sorted(counts.items()):
+                await session.execute(
+                    sa.update(LaunchStudy)
+                    .where(col(LaunchStudy.ctx) == ctx, col(LaunchStudy.study_instance_uid) == uid)
+                    .values(
+                        request_count=col(LaunchStudy.request_count) + count, last_accessed_at=last
+                    )
+                )
+                await session.execute(
+                    sa.update(LaunchSession)
+                    .where(col(LaunchSession.ctx) == ctx, col(LaunchSession.last_used_at) < last)
+                    .values(last_used_at=last)
+                )
+            await session.commit()
+
+    async def sweep(self, origin: Origin) -> int:
+        """End the sessions whose time is over, each with its summary in the trail. How many."""
+        await self.flush()
+        now = utcnow()
+        idle = now - timedelta(minutes=self._settings.session_idle_minutes)
+        async with self._database.session() as session:
+            over = (
+                await session.exec(
+                    select(LaunchSession).where(
+                        col(LaunchSession.ended_at).is_(None),
+                        sa.or_(
+                            col(LaunchSession.expires_at) <= now,
+                            sa.and_(
+                                col(LaunchSession.redeemed_at).is_not(None),
+                                col(LaunchSession.last_used_at) <= idle,
+                            ),
+                            sa.and_(
+                                col(LaunchSession.redeemed_at).is_(None),
+                                col(LaunchSession.code_expires_at) <= now,
+                            ),
+                        ),
+                    )
+                )
+            ).all()
+            for launch in over:
+                because = self._over(launch, now) or EndedBecause.UNUSED
+                await _end(session, [launch], because, origin, actor="")
+            await session.commit()
+        return len(over)
+
+    async def end_order_sessions(self, access: PatientAccess) -> int:
+        """End the open viewers of the access's order, which is being cancelled. How many.
+
+        Call it before the access's transaction writes: the counts are flushed in another.
+        """
+        assert access.order is not None
+        of_order = col(LaunchSession.order_id) == access.order.id
+        return await self._end_where(access, of_order, EndedBecause.ORDER_CANCELLED)
+
+    async def end_study_sessions(self, access: PatientAccess) -> int:
+        """End the open viewers that may show the access's study, which is being deleted.
+
+        Call it before the access's transaction writes: the counts are flushed in another.
+        """
+        assert access.study is not None
+        showing = col(LaunchSession.ctx).in_(
+            select(LaunchStudy.ctx).where(
+                LaunchStudy.study_instance_uid == access.study.study_instance_uid
+            )
+        )
+        return await self._end_where(access, showing, EndedBecause.STUDY_DELETED)
+
+    async def _end_where(
+        self, access: PatientAccess, condition: sa.ColumnElement[bool], because: EndedBecause
+    ) -> int:
+        await self.flush()
+        live = await access.session.exec(
+            select(LaunchSession).where(condition, col(LaunchSession.ended_at).is_(None))
+        )
+        return await _end(
+            access.session, live.all(), because, access.origin, actor=access.principal.sub
+        )
+
+    def _over(self, launch: LaunchSession, now: datetime) -> EndedBecause | None:
+        """Why the session is over; None while it lives."""
+        if launch.ended_at is not None:
+            return EndedBecause(launch.ended_because)
+        if launch.expires_at <= now:
+            return EndedBecause.EXPIRED
+        used = max(
+            [launch.last_used_at]
+            + [last for (ctx, _), (_, last) in self._counts.items() if ctx == launch.ctx]
+        )
+        if launch.redeemed_at is not None and used <= now - timedelta(
+            minutes=self._settings.session_idle_minutes
+        ):
+            return EndedBecause.IDLE
+        return None
+
+    async def _still_allowed(
+        self,
+        session: AsyncSession,
+        launch: LaunchSession,
+        origin: Origin,
+        subject: Subject,
+        key: UUID | str,
+    ) -> PatientAccess:
+        """Decide anew for the person behind the session; the right lost ends it, on record."""
+        principal = Principal(
+            sub=launch.actor,
+            name=launch.actor_name,
+            roles=frozenset(Role(role) for role in launch.actor_roles.split(",") if role),
+            site=launch.actor_site,
+        )
+        try:
+            return await self._gate.patient_access(
+                session,
+                principal,
+                Action.STUDY_VIEW,
+                origin,
+                subject,
+                key,
+                ctx=launch.ctx,
+                record_grant=False,
+            )
+        except Denial:
+            await _end(session, [launch], EndedBecause.RIGHT_LOST, origin, actor="")
+            await session.commit()
+            raise SessionOver(EndedBecause.RIGHT_LOST) from None
+
+    async def _record_first_access(self, access: PatientAccess) -> None:
+        """Mark and record in one transaction, committed before a byte leaves: one record a study
+        a session, however many requests come at once (PS3.15 A.5.3.5)."""
+        assert access.study is not None
+        now = utcnow()
+        unmarked = (
+            sa.update(LaunchStudy)
+            .where(
+                col(LaunchStudy.ctx) == access.ctx,
+                col(LaunchStudy.study_instance_uid) == access.study.study_instance_uid,
+                col(LaunchStudy.first_accessed_at).is_(None),
+            )
+            .values(first_accessed_at=now, last_accessed_at=now)
+        )
+        await self._gate.trail.record_if_first(unmarked, access.entry(Outcome.GRANTED))
+
+
+async def _end(
+    session: AsyncSession,
+    launches: Iterable[LaunchSession],
+    because: EndedBecause,
+    origin: Origin,
+    *,
+    actor: str,
+) -> int:
+    """End sessions in the caller's transaction, each with a record of what was looked at."""
+    ended = 0
+    for launch in launches:
+        marked = await session.execute(
+            sa.update(LaunchSession)
+            .where(col(LaunchSession.ctx) == launch.ctx, col(LaunchSession.ended_at).is_(None))
+            .values(ended_at=utcnow(), ended_because=because.value)
+        )
+        if marked.rowcount != 1:  # type: ignore[attr-defined]
+            continue  # another process ended it just now
+        ended += 1
+        shown = await session.exec(
+            select(LaunchStudy).where(
+                LaunchStudy.ctx == launch.ctx, col(LaunchStudy.first_accessed_at).is_not(None)
+            )
+        )
+        studies = [
+            {
+                "study_instance_uid": each.study_instance_uid,
+                "request_count": each.request_count,
+                "first_accessed_at": _iso(each.first_accessed_at),
+                "last_accessed_at": _iso(each.last_accessed_at),
+            }
+            for each in shown
+        ]
+        await AuditTrail.add(
+            session,
+            Entry(
+                action=Action.SESSION_END,
+                outcome=Outcome.DONE,
+                origin=origin,
+                actor=actor,
+                reason=because.value,
+                patient_id=launch.patient_id,
+                order_id=launch.order_id,
+                ctx=launch.ctx,
+                detail={"viewer": launch.actor, "studies": studies},
+            ),
+        )
+    return ended
+
+
+def _refusal_of_link(launch: LaunchSession, now: datetime) -> LightboxError | None:
+    if launch.redeemed_at is not None:
+        return _used()
+    if launch.ended_at is not None and launch.ended_because != EndedBecause.UNUSED:
+        return SessionOver(EndedBecause(launch.ended_because))
+    if launch.ended_at is not None or launch.code_expires_at <= now:
+        return SessionOver(EndedBecause.UNUSED)
+    return None
+
+
+def _used() -> Gone:
+    return Gone("This link has been used already; each link opens once.", extra={"reason": "used"})
+
+
+def _not_yours() -> Unauthenticated:
+    return Unauthenticated("There is no open viewing session for this. Open the images again.")
+
+
+def _sha256(secret: str) -> str:
+    return hashlib.sha256(secret.encode()).hexdigest()
+
+
+def _iso(moment: datetime | None) -> str | None:
+    return moment.isoformat() if moment else None
