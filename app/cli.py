@@ -7,10 +7,13 @@ from typing import Annotated, NoReturn
 import typer
 import uvicorn
 from pydantic import ValidationError
+from rich.console import Console
 from sqlalchemy.engine import make_url
 from sqlalchemy.exc import SQLAlchemyError
 
 from app.db import migrate as migrate_database
+from app.demo.run import run_demo
+from app.demo.stack import SetupError
 from app.identity import Role, issue_token
 from app.main import create_app
 from app.settings import Settings
@@ -84,6 +87,16 @@ def token(
     try:
         typer.echo(issue_token(_settings(), sub, role, minutes))
     except ValueError as error:
+        _fail(str(error))
+
+
+@cli.command()
+def demo() -> None:
+    """Run the whole of it on this machine, with made-up patients; `make demo` installs first."""
+    console = Console()
+    try:
+        run_demo(console)
+    except SetupError as error:
         _fail(str(error))
 
 

@@ -102,7 +102,7 @@ def search_series(study: StudySummary, search: Search) -> list[DicomJson]:
         row.SeriesInstanceUID = each.series.series_instance_uid
         row.Modality = each.series.modality
         row.SeriesDescription = each.series.series_description
-        row.SeriesNumber = each.series.series_number or None
+        row.SeriesNumber = each.series.series_number
         row.NumberOfSeriesRelatedInstances = each.instance_count
         rows.append(row)
     return _page(rows, search)

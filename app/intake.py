@@ -116,9 +116,14 @@ class Intake:
                 self._check_ids(header, stored)
                 await _link(access, header, stored, digest, differences)
                 await access.session.commit()
-            except BaseException:
+            except BaseException as error:
                 await access.session.rollback()
                 await self._take_back(access, stored)
+                if isinstance(error, sa.exc.IntegrityError):
+                    raise Conflict(
+                        "The study was changed or deleted at the same moment. Nothing was kept "
+                        "of this file; send it again."
+                    ) from error
                 raise
         return Receipt(
             status="uploaded" if stored.new else "duplicate",

@@ -277,8 +277,7 @@ async def _summaries(
     ]
 
 
-def _series_order(each: SeriesSummary) -> tuple[int, str]:
-    """By SeriesNumber (0020,0011), an integer string; those without one last."""
+def _series_order(each: SeriesSummary) -> tuple[bool, int, str]:
+    """By SeriesNumber (0020,0011); those without one last."""
     number = each.series.series_number
-    known = number.lstrip("+-").isascii() and number.lstrip("+-").isdigit()
-    return (int(number) if known else 2**31, each.series.series_instance_uid)
+    return (number is None, number or 0, each.series.series_instance_uid)

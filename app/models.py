@@ -131,7 +131,7 @@ class Series(SQLModel, table=True):
         foreign_key="study.study_instance_uid", index=True, max_length=64
     )
     modality: str = ""
-    series_number: str = ""
+    series_number: int | None = None
     series_description: str = ""
 
 

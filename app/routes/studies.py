@@ -38,7 +38,7 @@ StudyUid = Annotated[str, Path(alias="study_instance_uid", description="StudyIns
 class SeriesOut(BaseModel):
     SeriesInstanceUID: str
     Modality: str
-    SeriesNumber: str
+    SeriesNumber: int | None
     SeriesDescription: str
     NumberOfSeriesRelatedInstances: int
 

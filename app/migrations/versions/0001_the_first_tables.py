@@ -184,7 +184,7 @@ def upgrade() -> None:
         sa.Column("series_instance_uid", sa.String(length=64), nullable=False),
         sa.Column("study_instance_uid", sa.String(length=64), nullable=False),
         sa.Column("modality", sa.String(), nullable=False),
-        sa.Column("series_number", sa.String(), nullable=False),
+        sa.Column("series_number", sa.Integer(), nullable=True),
         sa.Column("series_description", sa.String(), nullable=False),
         sa.ForeignKeyConstraint(
             ["study_instance_uid"],
