@@ -118,8 +118,8 @@ class AuditTrail:
         """Commit a record if, and together with, `claim` changing a row: of many requests at
         once exactly one writes it, and all return after it stands. Raises AuditUnavailable."""
         async with self._transaction() as session:
-            claimed = await session.execute(claim)
-            if claimed.rowcount == 1:  # type: ignore[attr-defined]
+            claimed = await session.exec(claim)
+            if claimed.rowcount == 1:
                 session.add(entry.as_record())
 
     @asynccontextmanager

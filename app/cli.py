@@ -102,7 +102,7 @@ def demo() -> None:
 
 def _settings() -> Settings:
     try:
-        return Settings()  # type: ignore[call-arg]  # read from the environment
+        return Settings()  # read from the environment
     except ValidationError as error:
         lines = [
             f"  LIGHTBOX_{'_'.join(str(part) for part in each['loc']).upper()}: {each['msg']}"

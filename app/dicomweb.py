@@ -100,7 +100,7 @@ def search_series(study: StudySummary, search: Search) -> list[DicomJson]:
         row = Dataset()
         row.StudyInstanceUID = study.study.study_instance_uid
         row.SeriesInstanceUID = each.series.series_instance_uid
-        row.Modality = each.series.modality
+        row.Modality = each.series.modality or "OT"
         row.SeriesDescription = each.series.series_description
         row.SeriesNumber = each.series.series_number
         row.NumberOfSeriesRelatedInstances = each.instance_count
@@ -115,7 +115,8 @@ def study_row(summary: StudySummary) -> Dataset:
     row.StudyDate = study.study_date
     row.StudyTime = study.study_time
     row.AccessionNumber = study.accession_number
-    row.ModalitiesInStudy = list(summary.modalities)
+    # Never empty: OHIF takes a study without modalities for a missing one.
+    row.ModalitiesInStudy = list(summary.modalities) or ["OT"]
     row.StudyDescription = study.study_description
     row.PatientName = study.patient_name
     row.PatientID = study.dicom_patient_id
@@ -219,28 +220,20 @@ def _rewrite_urls(item: DicomJson, instance_root: str) -> None:
             if isinstance(uri, str):
                 path = urlsplit(uri).path
                 _, marker, bulk = path.partition("/bulk/")
-                if marker and _bulk_tags(bulk) is not None:
-                    element["BulkDataURI"] = f"{instance_root}/bulk/{bulk}"
-                elif tag == "7FE00010":
+                if tag == "7FE00010":
                     element["BulkDataURI"] = f"{instance_root}/frames"
+                elif marker and _bulk_tags(bulk) is not None:
+                    element["BulkDataURI"] = f"{instance_root}/bulk/{bulk}"
             if element.get("vr") == "SQ":
                 waiting += [each for each in element.get("Value", []) if isinstance(each, dict)]
 
 
 # ---------------------------------------------------------------- bytes (PS3.18 10.4.1.1)
 
-_FRAME_TYPES: Mapping[str, str] = {
-    # PS3.18 table 8.7.3-4 and -5: the media type of each compressed transfer syntax
-    "1.2.840.10008.1.2.5": "image/dicom-rle",
-    "1.2.840.10008.1.2.4.50": "image/jpeg",
-    "1.2.840.10008.1.2.4.51": "image/jpeg",
-    "1.2.840.10008.1.2.4.57": "image/jpeg",
-    "1.2.840.10008.1.2.4.70": "image/jpeg",
-    "1.2.840.10008.1.2.4.80": "image/jls",
-    "1.2.840.10008.1.2.4.81": "image/jls",
-    "1.2.840.10008.1.2.4.90": "image/jp2",
-    "1.2.840.10008.1.2.4.91": "image/jp2",
+_VIDEO_TYPES: Mapping[str, str] = {
+    # PS3.5 A.4.5 to A.4.9: MPEG-2, MPEG-4 AVC and HEVC
     "1.2.840.10008.1.2.4.100": "video/mpeg",
+    "1.2.840.10008.1.2.4.101": "video/mpeg",
     "1.2.840.10008.1.2.4.102": "video/mp4",
     "1.2.840.10008.1.2.4.103": "video/mp4",
     "1.2.840.10008.1.2.4.104": "video/mp4",
@@ -248,11 +241,13 @@ _FRAME_TYPES: Mapping[str, str] = {
     "1.2.840.10008.1.2.4.106": "video/mp4",
     "1.2.840.10008.1.2.4.107": "video/mp4",
     "1.2.840.10008.1.2.4.108": "video/mp4",
-    "1.2.840.10008.1.2.4.201": "image/jphc",
-    "1.2.840.10008.1.2.4.202": "image/jphc",
-    "1.2.840.10008.1.2.4.203": "image/jphc",
 }
-_UNCOMPRESSED = {"1.2.840.10008.1.2", "1.2.840.10008.1.2.1", "1.2.840.10008.1.2.1.99"}
+_UNCOMPRESSED = {
+    "1.2.840.10008.1.2",
+    "1.2.840.10008.1.2.1",
+    "1.2.840.10008.1.2.1.99",
+    "1.2.840.10008.1.2.2",
+}
 
 
 async def frame(
@@ -272,11 +267,11 @@ async def frame(
 
 
 def _frame_type(instance: Instance) -> str:
+    # Orthanc hands out every uncompressed frame inflated and in little endian. Named big endian,
+    # it would be shown as a plausible, wrong picture.
     syntax = instance.transfer_syntax_uid
-    media_type = _FRAME_TYPES.get(syntax, "application/octet-stream")
-    # Deflation is of the file, not of the frame: Orthanc hands the frame out inflated.
     named = "1.2.840.10008.1.2.1" if syntax in _UNCOMPRESSED else syntax
-    return f"{media_type}; transfer-syntax={named}"
+    return f"application/octet-stream; transfer-syntax={named}"
 
 
 async def rendered(
@@ -288,9 +283,9 @@ async def rendered(
     Raises NotFound, Unprocessable.
     """
     instance = await study_instance(access, series_instance_uid, sop_instance_uid)
-    if _frame_type(instance).startswith("video/"):
-        media_type = _FRAME_TYPES[instance.transfer_syntax_uid]
-        return SendFile(f"/_orthanc/instances/{instance.orthanc_id}/frames/0/raw", media_type)
+    video = _VIDEO_TYPES.get(instance.transfer_syntax_uid)
+    if video is not None:
+        return SendFile(f"/_orthanc/instances/{instance.orthanc_id}/frames/0/raw", video)
     query = ""
     if viewport:
         width, comma, height = viewport.partition(",")
@@ -310,7 +305,8 @@ async def bulk_data(
     """
     instance = await study_instance(access, series_instance_uid, sop_instance_uid)
     tags = _bulk_tags(path)
-    if tags is None:
+    if tags is None or tags[0] == "7fe0-0010":
+        # Pixels are asked for by the frame; Orthanc would list their fragments here.
         raise NotFound("The instance has no such bulk data.")
     pdf = tags == ["0042-0011"] and instance.sop_class_uid == "1.2.840.10008.5.1.4.1.1.104.1"
     return SendFile(

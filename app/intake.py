@@ -132,7 +132,7 @@ class Intake:
             patient_id=access.patient.id,
             order_id=access.order.id if access.order else None,
             coerced=differences if stored.new else {},
-            warnings=_demographic_warnings(access.patient, header),
+            warnings=_warnings(access.patient, header),
         )
 
     async def _admit(self, caller: RoleAccess, header: Header, target: Target) -> PatientAccess:
@@ -398,7 +398,7 @@ def _coercion(
     return changes, replace(header, **fields)
 
 
-def _demographic_warnings(patient: Patient, header: Header) -> tuple[str, ...]:
+def _warnings(patient: Patient, header: Header) -> tuple[str, ...]:
     """Differences that don't refuse a file whose identifier agrees, but that a human should see."""
     ours = {
         "PatientName": person_name(patient.last_name, patient.first_name).casefold(),
@@ -410,11 +410,17 @@ def _demographic_warnings(patient: Patient, header: Header) -> tuple[str, ...]:
         "PatientBirthDate": header.patient_birth_date,
         "PatientSex": header.patient_sex,
     }
-    return tuple(
+    warnings = [
         f"The file's {keyword} differs from the patient's."
         for keyword, value in theirs.items()
         if value and ours[keyword] and value != ours[keyword]
-    )
+    ]
+    if not header.meta_agrees:
+        warnings.append(
+            "The file meta information names another SOP instance or class than the dataset, "
+            "which alone was used."
+        )
+    return tuple(warnings)
 
 
 def _patient_id(header: Header) -> str:

@@ -233,7 +233,7 @@ async def forget_study(access: PatientAccess) -> Unlinked:
     )
     sop_instance_uids = list(instances)
     for table in (OrderStudy, Instance, Series, Study):
-        await access.session.execute(sa.delete(table).where(col(table.study_instance_uid) == uid))
+        await access.session.exec(sa.delete(table).where(col(table.study_instance_uid) == uid))
     return Unlinked(
         series_count=len(summary.series),
         instance_count=summary.instance_count,

@@ -453,8 +453,9 @@ async def _resolve(
 async def _relations(session: AsyncSession, principal: Principal, patient: Patient) -> list[Any]:
     """The relations that hold between caller and patient now: one query."""
     holds = clauses(principal, utcnow())
+    connection = await session.connection()
     row = (
-        await session.execute(
+        await connection.execute(
             sa.select(*(clause.label(relation.name) for relation, clause in holds.items()))
             .select_from(Patient)
             .where(col(Patient.id) == patient.id)

@@ -175,7 +175,7 @@ async def put_care_team_member(
 @router.delete("/{patient_id}/care-team/{sub}", status_code=204)
 async def delete_care_team_member(access: WriteCareTeam, patient_id: UUID, sub: Sub) -> None:
     """Take somebody off the care team; their open viewers end at the next request."""
-    await access.session.execute(
+    await access.session.exec(
         sa.delete(CareTeamMember).where(
             col(CareTeamMember.patient_id) == access.patient.id, col(CareTeamMember.sub) == sub
         )

@@ -185,12 +185,12 @@ class Viewer:
             ctx, opens, layout = launch.ctx, launch.opens, launch.layout
             await self._still_allowed(session, launch, origin, Subject.PATIENT, launch.patient_id)
             cookie = secrets.token_urlsafe(32)
-            redeemed = await session.execute(
+            redeemed = await session.exec(
                 sa.update(LaunchSession)
                 .where(col(LaunchSession.ctx) == ctx, col(LaunchSession.redeemed_at).is_(None))
                 .values(redeemed_at=now, last_used_at=now, cookie_sha256=_sha256(cookie))
             )
-            if redeemed.rowcount != 1:  # type: ignore[attr-defined]
+            if redeemed.rowcount != 1:
                 # Two browsers opened it at the same moment; the other was first.
                 await self._gate.trail.record(replace(entry, reason="used"))
                 raise _used()
@@ -300,14 +300,14 @@ class Viewer:
             return
         async with self._database.session() as session:
             for (ctx, uid), (count, last) in sorted(counts.items()):
-                await session.execute(
+                await session.exec(
                     sa.update(LaunchStudy)
                     .where(col(LaunchStudy.ctx) == ctx, col(LaunchStudy.study_instance_uid) == uid)
                     .values(
                         request_count=col(LaunchStudy.request_count) + count, last_accessed_at=last
                     )
                 )
-                await session.execute(
+                await session.exec(
                     sa.update(LaunchSession)
                     .where(col(LaunchSession.ctx) == ctx, col(LaunchSession.last_used_at) < last)
                     .values(last_used_at=last)
@@ -452,12 +452,12 @@ async def _end(
     """End sessions in the caller's transaction, each with a record of what was looked at."""
     ended = 0
     for launch in launches:
-        marked = await session.execute(
+        marked = await session.exec(
             sa.update(LaunchSession)
             .where(col(LaunchSession.ctx) == launch.ctx, col(LaunchSession.ended_at).is_(None))
             .values(ended_at=utcnow(), ended_because=because.value)
         )
-        if marked.rowcount != 1:  # type: ignore[attr-defined]
+        if marked.rowcount != 1:
             continue  # another process ended it just now
         ended += 1
         shown = await session.exec(

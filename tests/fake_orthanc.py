@@ -1,0 +1,113 @@
+"""An Orthanc at the transport: enough of it for fast tests, and faults on demand.
+
+What only this has shown is not shown; tests/live does the same against the real one.
+"""
+
+import json
+import re
+from dataclasses import dataclass, field
+from io import BytesIO
+from typing import Any
+
+import httpx
+import pydicom
+import respx
+
+from app.dicom import orthanc_id
+
+URL = "http://orthanc.test"
+
+
+@dataclass
+class FakeOrthanc:
+    """Keeps what was stored, and every request it got. `faults` answer first, one each."""
+
+    instances: dict[str, pydicom.Dataset] = field(default_factory=dict)
+    bodies: dict[str, bytes] = field(default_factory=dict)
+    requests: list[tuple[str, str]] = field(default_factory=list)
+    faults: list[httpx.Response | Exception] = field(default_factory=list)
+
+    def install(self, router: respx.Router) -> None:
+        router.route(url__startswith=URL).mock(side_effect=self._answer)
+
+    def asked(self, method: str, path: str = "") -> list[tuple[str, str]]:
+        """The requests of a method whose path begins so."""
+        return [each for each in self.requests if each[0] == method and each[1].startswith(path)]
+
+    def _answer(self, request: httpx.Request) -> httpx.Response:
+        method, path = request.method, request.url.path
+        self.requests.append((method, path))
+        if self.faults:
+            fault = self.faults.pop(0)
+            if isinstance(fault, Exception):
+                raise fault
+            return fault
+        if path == "/system":
+            return httpx.Response(200, json={"Version": "1.10.1"})
+        if path == "/statistics":
+            return httpx.Response(200, json=self._statistics())
+        if path == "/instances":
+            return self._store(request.content)
+        if path == "/tools/lookup":
+            uid = request.content.decode()
+            found = {
+                _ids(each)[1] for each in self.instances.values() if each.StudyInstanceUID == uid
+            }
+            return httpx.Response(200, json=[{"Type": "Study", "ID": each} for each in found])
+        if method == "DELETE":
+            return self._delete(path)
+        match = re.fullmatch(r"/dicom-web/studies/([0-9.]+)/series/([0-9.]+)/metadata", path)
+        if match:
+            rows = [
+                self._row(each)
+                for each in self.instances.values()
+                if (each.StudyInstanceUID, each.SeriesInstanceUID) == match.groups()
+            ]
+            return httpx.Response(200 if rows else 404, json=rows)
+        return httpx.Response(404, json={"HttpStatus": 404})
+
+    def _store(self, body: bytes) -> httpx.Response:
+        image = pydicom.dcmread(BytesIO(body), stop_before_pixels=True)
+        _, study, series, instance = _ids(image)
+        status = "AlreadyStored" if instance in self.instances else "Success"
+        self.instances.setdefault(instance, image)
+        self.bodies.setdefault(instance, body)
+        answer = {"ID": instance, "ParentSeries": series, "ParentStudy": study, "Status": status}
+        return httpx.Response(200, json=answer)
+
+    def _delete(self, path: str) -> httpx.Response:
+        kind, _, wanted = path.strip("/").partition("/")
+        position = {"studies": 1, "instances": 3}[kind]
+        gone = [key for key, each in self.instances.items() if _ids(each)[position] == wanted]
+        for key in gone:
+            del self.instances[key], self.bodies[key]
+        return httpx.Response(200 if gone else 404, json={})
+
+    def _statistics(self) -> dict[str, Any]:
+        ids = [_ids(each) for each in self.instances.values()]
+        patients, studies, series, _ = ({each[n] for each in ids} for n in range(4))
+        return {
+            "CountPatients": len(patients),
+            "CountStudies": len(studies),
+            "CountSeries": len(series),
+            "CountInstances": len(ids),
+            "TotalDiskSize": str(sum(len(each) for each in self.bodies.values())),
+        }
+
+    def _row(self, image: pydicom.Dataset) -> Any:
+        row = json.loads(image.to_json(suppress_invalid_tags=True))
+        path = f"studies/{image.StudyInstanceUID}/series/{image.SeriesInstanceUID}"
+        bulk = f"http://localhost/dicom-web/{path}/instances/{image.SOPInstanceUID}/bulk/7fe00010"
+        row["7FE00010"] = {"vr": "OW", "BulkDataURI": bulk}
+        return row
+
+
+def _ids(image: pydicom.Dataset) -> tuple[str, str, str, str]:
+    parts = [
+        str(image.PatientID).strip(),
+        str(image.StudyInstanceUID),
+        str(image.SeriesInstanceUID),
+        str(image.SOPInstanceUID),
+    ]
+    patient, study, series, instance = (orthanc_id(*parts[: n + 1]) for n in range(4))
+    return patient, study, series, instance
