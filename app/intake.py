@@ -17,6 +17,7 @@ from uuid import UUID
 import anyio.to_thread
 import sqlalchemy as sa
 from pydicom import Dataset
+from pydicom.datadict import tag_for_keyword
 from sqlmodel import col, select
 
 from app.access import PatientAccess, RoleAccess, Subject
@@ -87,12 +88,13 @@ class Intake:
     async def take(self, caller: RoleAccess, file: BinaryIO, target: Target) -> Receipt:
         """Take one file in and link it.
 
-        Raises NotDicom, TooLarge, MalformedDicom for the file; PatientMismatch, Conflict where it
+        Raises NotDicom, TooLarge, Unprocessable for the file; PatientMismatch, Conflict where it
         contradicts what is known; NotFound, Forbidden for the target; OrthancUnavailable. After
         any of them nothing is stored and nothing is linked.
         """
         with await anyio.to_thread.run_sync(self.scan, file) as scanned:
             header = await anyio.to_thread.run_sync(read_header, file, scanned)
+            await anyio.to_thread.run_sync(_refuse_wide_big_endian, file, scanned)
             access = await self._admit(caller, header, target)
             differences = self._differences(access, header, fill=target.coerce)
             if differences and not target.coerce:
@@ -347,6 +349,25 @@ async def _link(
     if differences and stored.new:
         detail["coerced"] = differences
     await access.done(study_instance_uid=uid, detail=detail)
+
+
+def _refuse_wide_big_endian(file: BinaryIO, scanned: Scan) -> None:
+    """Raises Unprocessable for big endian samples of more than 16 bits.
+
+    Orthanc (1.10 to 1.12) hands them out with each 16 bits swapped instead of each sample: a
+    plausible, wrong picture. Explicit VR Big Endian is retired (PS3.5 A.3); nothing is lost.
+    """
+    bits = scanned.element(tag_for_keyword("BitsAllocated") or 0)
+    if scanned.little_endian or bits is None or bits.end - bits.value != 2:
+        return
+    source = scanned.source(file)
+    source.seek(bits.value)
+    allocated = int.from_bytes(source.read(2), "big")
+    if allocated > 16:
+        raise Unprocessable(
+            f"The file is in Explicit VR Big Endian with {allocated} bits a sample, which the "
+            "image archive would show wrongly. Nothing was stored; convert it to little endian."
+        )
 
 
 def _subject(access: PatientAccess) -> tuple[Subject, UUID]:

@@ -8,6 +8,7 @@ from contextlib import asynccontextmanager, suppress
 import httpx
 import sqlalchemy as sa
 from fastapi import FastAPI
+from fastapi_offline import FastAPIOffline
 
 from app import __version__, problems
 from app.access import Gate
@@ -64,12 +65,14 @@ def create_app(settings: Settings) -> FastAPI:
                 await database.close()
                 await trail_database.close()
 
-    app = FastAPI(
+    # Swagger UI from its own files: a hospital network reaches no CDN.
+    app = FastAPIOffline(
         title="Lightbox",
         version=__version__,
         description=DESCRIPTION,
         lifespan=lifespan,
         redoc_url=None,
+        static_url="/docs/static",
     )
     problems.install(app)
     app.add_middleware(problems.RequestId)

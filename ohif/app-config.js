@@ -71,6 +71,8 @@
     customizationService: { 'ohif.tours': { $set: [] } },
     /* `/` lists no studies: which ones may be seen is the EHR's to say. */
     showStudyList: false,
+    /* Whose images these are stands above them, always. */
+    showPatientInfo: 'visibleReadOnly',
     showLoadingIndicator: true,
     showCPUFallbackMessage: true,
     showWarningMessageForCrossOrigin: true,

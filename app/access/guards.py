@@ -100,7 +100,7 @@ class PatientAccess:
         return replace(subject, **more)
 
     async def done(self, **more: Any) -> None:
-        """Add what was done to the transaction, so that the change and its record stand together."""
+        """Add what was done to the transaction: the change and its record stand together."""
         await AuditTrail.add(self.session, self.entry(Outcome.DONE, **more))
 
 
@@ -324,6 +324,22 @@ async def current_principal(
 Signed = Annotated[Principal, Depends(current_principal)]
 
 
+def refuse_ignored_parameters(request: Request) -> None:
+    """A filter that is misspelt, doubled or empty would be ignored, and the answer would show
+    more than was asked for: better none. Raises Unprocessable."""
+    known = {field.alias for field in request.scope["route"].dependant.query_params}
+    given = [name for name, _ in request.query_params.multi_items()]
+    for name, value in request.query_params.multi_items():
+        shown = name if name.isidentifier() and len(name) <= 64 else "a parameter"
+        if name not in known:
+            takes = f"it takes {', '.join(sorted(known))}" if known else "it takes none"
+            raise Unprocessable(f"This address does not know the parameter `{shown}`; {takes}.")
+        if given.count(name) > 1:
+            raise Unprocessable(f"`{shown}` is given more than once.")
+        if not value:
+            raise Unprocessable(f"`{shown}` is empty; leave it out to not filter by it.")
+
+
 class Grant(Guard):
     """The caller may do `action` to the patient behind the path parameter `of`."""
 
@@ -333,6 +349,7 @@ class Grant(Guard):
 
     async def __call__(self, request: Request, principal: Signed) -> AsyncIterator[PatientAccess]:
         gate: Gate = request.app.state.gate
+        refuse_ignored_parameters(request)
         grants: list[Entry] = []
         async with gate.transaction(grants) as session:
             access = await gate.patient_access(
@@ -360,6 +377,7 @@ class Caller(Guard):
 
     async def __call__(self, request: Request, principal: Signed) -> AsyncIterator[RoleAccess]:
         gate: Gate = request.app.state.gate
+        refuse_ignored_parameters(request)
         origin = origin_of(request)
         entry = _entry_of(principal, self.action, origin)
         await gate.role_check(principal, entry, record_grant=not self.patient_in_body)
@@ -380,6 +398,7 @@ class Visible(Guard):
 
     async def __call__(self, request: Request, principal: Signed) -> AsyncIterator[VisiblePatients]:
         gate: Gate = request.app.state.gate
+        refuse_ignored_parameters(request)
         origin = origin_of(request)
         entry = replace(
             _entry_of(principal, self.action, origin), detail={"query": dict(request.query_params)}

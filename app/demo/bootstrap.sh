@@ -23,7 +23,6 @@ cd "$(dirname "$0")/../.."
 umask 022
 mkdir -p -m 700 .lightbox
 log=.lightbox/setup.log
-: >"$log"
 [ -n "${HOME:-}" ] || export HOME="$PWD/.lightbox"
 PATH=$PATH:/usr/local/sbin:/usr/sbin:/sbin
 LC_ALL=C.UTF-8
@@ -90,7 +89,14 @@ child=
 policy=
 # shellcheck disable=SC2329  # called by trap
 clean_up() {
-	[ -z "$child" ] || kill "$child" 2>/dev/null || :
+	trap '' INT TERM HUP
+	if [ -n "$child" ] && [ -n "$policy" ]; then
+		# Half-installed packages would be worse than a wait.
+		printf ' stopping when the packages are in place ...\n'
+		wait "$child" || :
+	elif [ -n "$child" ]; then
+		kill "$child" 2>/dev/null || :
+	fi
 	[ -z "$policy" ] || as_root rm -f "$policy" || :
 }
 trap clean_up EXIT
@@ -246,6 +252,7 @@ elif ! up_to_date; then
 	steps=$((steps + 1))
 fi
 
+[ "$steps" -eq 0 ] || : >"$log"
 [ -z "$missing" ] || debian_packages
 ready || python_environment
 up_to_date || python_packages

@@ -29,6 +29,7 @@ from app.db import migrate
 from app.demo.ohif import ensure_ohif
 from app.demo.seed import CLINICIAN, OTHER_CLINICIAN, WHO, Seeder
 from app.demo.stack import (
+    REPOSITORY,
     AppServer,
     Edge,
     OrthancServer,
@@ -95,9 +96,9 @@ def run_demo(console: Console) -> None:
             demo = _Demo(state, ports, console)
             servers = demo.start(stack)
             demo.load()
-            stack.enter_context(demo.announced())
             console.print(f"Up after {time.monotonic() - started:.0f} s.\n")
             demo.say_how()
+            stack.enter_context(demo.announced())
             demo.wait(servers)
     except Stopped:
         pass
@@ -143,7 +144,9 @@ class _Demo:
 
     def start(self, stack: ExitStack) -> list[Server]:
         """The three servers, answering."""
-        ohif = ensure_ohif(self._state / "ohif", self._step)
+        # Shared by all demos of this checkout: 50 MB that never change.
+        cache = Path(os.environ.get("LIGHTBOX_CACHE_DIR") or REPOSITORY / ".lightbox" / "ohif")
+        ohif = ensure_ohif(cache, self._step)
         migrate(self._settings.database_url)
         app = AppServer(
             self._ports.app, _environment(self._settings), state_dir=self._state / "app"

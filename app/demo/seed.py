@@ -6,6 +6,7 @@ Safe to repeat: what is there already is found again by its MRN and accession nu
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from io import BytesIO
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -119,8 +120,7 @@ class Seeder:
             patients.append(patient)
             for sub in wanted.care_team:
                 self._ask("PUT", f"/patients/{patient['id']}/care-team/{sub}", json={})
-            for order in wanted.orders:
-                orders.append(self._order(wanted, patient, order, progress))
+            orders += [self._order(wanted, patient, each, progress) for each in wanted.orders]
         self._client.close()
         return patients, orders
 
@@ -197,9 +197,7 @@ class Seeder:
 def _files(person: DemoPatient, order: Any, wanted: DemoOrder) -> Iterator[bytes]:
     """The order's DICOM files."""
     for name in wanted.samples:
-        path = get_testdata_file(name, download=False)
-        with open(str(path), "rb") as file:
-            yield file.read()
+        yield Path(str(get_testdata_file(name, download=False))).read_bytes()
     if wanted.synthetic_slices:
         for image in ct_series(
             patient_id=person.mrn,

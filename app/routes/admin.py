@@ -17,7 +17,7 @@ ReadStatistics = Annotated[RoleAccess, Depends(Caller(Action.STATISTICS_READ), s
 
 
 class StatisticsOut(BaseModel):
-    """`total_...` and `disk_size_mb` (MiB) are what Orthanc holds; the others what Lightbox knows."""
+    """`total_...` and `disk_size_mb` (MiB) are what Orthanc holds, the others what we know."""
 
     total_patients: int
     total_studies: int

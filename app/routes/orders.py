@@ -59,6 +59,19 @@ class NewOrder(BaseModel):
     attending: Sub | None = Field(default=None, description="`sub` of who attends it.")
     site: str = Field(default="", max_length=64, description="Empty: the configured site.")
 
+    @field_validator(
+        "order_category",
+        "description",
+        "accession_number",
+        "accession_issuer",
+        "station_ae_title",
+        "site",
+        mode="before",
+    )
+    @classmethod
+    def _null_is_absent(cls, value: object) -> object:
+        return "" if value is None else value
+
     @field_validator("accession_number", "accession_issuer", mode="after")
     @classmethod
     def _stripped(cls, value: str) -> str:
@@ -172,8 +185,9 @@ async def change_order(
     access: WriteOrder, order_id: UUID, body: OrderChange, request: Request
 ) -> OrderOut:
     """Change an order. "cancelled" ends its open viewers and cannot be taken back."""
-    order, viewer = access.order, request.app.state.viewer
-    assert order is not None and isinstance(viewer, Viewer)
+    order = access.order
+    viewer: Viewer = request.app.state.viewer
+    assert order is not None
     changes = body.model_dump(exclude_unset=True)
     for name in ("status", "description", "order_category", "station_ae_title"):
         if name in changes and changes[name] is None:
@@ -209,5 +223,5 @@ async def _answer(access: PatientAccess) -> OrderOut:
 
 
 def _new_accession_number() -> str:
-    """16 characters at most (SH): a year and 65 random bits, unique with its issuer by the table."""
+    """16 characters (SH): a year and 65 random bits; the table keeps it unique with its issuer."""
     return f"{utcnow():%y}-" + "".join(secrets.choice(_ALPHABET) for _ in range(13))

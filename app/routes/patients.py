@@ -43,6 +43,11 @@ class NewPatient(BaseModel):
     dob: date
     sex: Literal["", "M", "F", "O"] = ""
 
+    @field_validator("mrn_issuer", "sex", "first_name", mode="before")
+    @classmethod
+    def _null_is_absent(cls, value: object) -> object:
+        return "" if value is None else value
+
     @field_validator("mrn", "mrn_issuer", mode="after")
     @classmethod
     def _stripped(cls, value: str) -> str:

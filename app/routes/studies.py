@@ -179,8 +179,8 @@ async def delete_study(
     Safe to repeat: where the archive failed half-way the study is still listed, and deleting it
     again finishes the work; once it is gone, the answer is 404.
     """
-    viewer, orthanc = request.app.state.viewer, request.app.state.orthanc
-    assert isinstance(viewer, Viewer) and isinstance(orthanc, Orthanc)
+    viewer: Viewer = request.app.state.viewer
+    orthanc: Orthanc = request.app.state.orthanc
     assert access.study is not None
     if len(reason.strip()) < 3:
         raise Unprocessable("`reason` must say why the study is deleted.")

@@ -130,7 +130,7 @@ async def upload(caller: Upload, request: Request) -> Uploaded:
     ),
 )
 async def upload_multiple(caller: Upload, request: Request) -> UploadedMultiple:
-    """Store many DICOM files and ZIPs of them; a result for each, and one bad file stops no other."""
+    """Store many DICOM files and ZIPs of them: a result for each; a bad one stops no other."""
     intake: Intake = request.app.state.intake
     settings: Settings = request.app.state.settings
     limits = ZipLimits(settings.max_upload_bytes, settings.max_zip_files, settings.max_zip_ratio)
@@ -202,7 +202,8 @@ async def modify_file_tags(caller: ModifyTags, request: Request) -> StreamingRes
             raise Unprocessable("The field `tags` must be a JSON object.") from error
         if not isinstance(wanted, dict) or not wanted:
             raise Unprocessable("The field `tags` must be a JSON object with at least one keyword.")
-        changed = TemporaryFile(dir=settings.spool_dir)  # closed when the answer is sent
+        # Closed when the answer has been sent.
+        changed = TemporaryFile(dir=settings.spool_dir)  # noqa: SIM115
 
         def write() -> None:
             changes = changes_from_json(wanted)

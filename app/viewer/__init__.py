@@ -1,4 +1,4 @@
-"""Opening the viewer: launch sessions, the guard of its requests, and the pages that say why not."""
+"""Opening the viewer: launch sessions, the guards of its requests, the pages that say why not."""
 
 from app.viewer.guard import SessionCookie, ViewerGrant
 from app.viewer.pages import EHR_PAGE, page

@@ -3,11 +3,14 @@
 from collections.abc import AsyncIterator
 
 from fastapi import Request
+from sqlmodel.ext.asyncio.session import AsyncSession
 
 from app.access import Gate, Guard, PatientAccess, Subject
 from app.access.guards import origin_of
+from app.audit import Action, Entry, Outcome
 from app.dicom import parse_uid
-from app.errors import NotFound
+from app.errors import NotFound, Unauthenticated
+from app.models import LaunchSession
 from app.viewer.sessions import COOKIE_NAME, Viewer
 
 
@@ -26,9 +29,7 @@ class ViewerGrant(Guard):
         viewer: Viewer = request.app.state.viewer
         _refuse_encoded_path(request)
         async with gate.transaction([]) as session:
-            launch = await viewer.open_session(
-                session, request.path_params["ctx"], request.cookies.get(COOKIE_NAME)
-            )
+            launch = await _launch_of(request, session)
             origin = origin_of(request)
             if self.of is Subject.STUDY:
                 uid = request.path_params[Subject.STUDY.value]
@@ -49,14 +50,32 @@ class SessionCookie(Guard):
 
     async def __call__(self, request: Request) -> None:
         gate: Gate = request.app.state.gate
-        viewer: Viewer = request.app.state.viewer
         async with gate.database.session() as session:
-            await viewer.open_session(
-                session, request.path_params["ctx"], request.cookies.get(COOKIE_NAME)
-            )
+            await _launch_of(request, session)
 
     def describe(self) -> dict[str, str]:
         return {"guard": "session-cookie"}
+
+
+async def _launch_of(request: Request, session: AsyncSession) -> LaunchSession:
+    """The live session that the request's cookie proves. A wrong one is recorded, as a bad token
+    is: it may be a stolen address."""
+    gate: Gate = request.app.state.gate
+    viewer: Viewer = request.app.state.viewer
+    cookie = request.cookies.get(COOKIE_NAME)
+    try:
+        return await viewer.open_session(session, request.path_params["ctx"], cookie)
+    except Unauthenticated:
+        await gate.trail.record(
+            Entry(
+                action=Action.SIGN_IN,
+                outcome=Outcome.DENIED,
+                origin=origin_of(request),
+                reason="no-cookie" if cookie is None else "bad-cookie",
+                detail={"path": request.url.path[:256]},
+            )
+        )
+        raise
 
 
 def _refuse_encoded_path(request: Request) -> None:

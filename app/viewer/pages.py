@@ -4,8 +4,10 @@ from html import escape
 
 EHR_PAGE = (
     "Open the images from the EHR",
-    "This is the image viewer. It opens from an order or a patient in the electronic health "
-    "record; by itself it shows nothing.",
+    (
+        "This is the image viewer. It opens from an order or a patient in the electronic health "
+        "record; by itself it shows nothing."
+    ),
 )
 
 _PAGE = """<!doctype html>
