@@ -5,7 +5,6 @@ Safe to repeat: what is there already is found again by its MRN and accession nu
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ import httpx
 from pydicom.data import get_testdata_file
 
 from app.demo.stack import SetupError
-from app.demo.synthetic import ct_series
+from app.demo.synthetic import ct_series, to_bytes
 from app.dicom import person_name
 
 CLINICIAN, OTHER_CLINICIAN = "dr.lee", "dr.novak"
@@ -209,6 +208,4 @@ def _files(person: DemoPatient, order: Any, wanted: DemoOrder) -> Iterator[bytes
             study_description=wanted.description,
             slices=wanted.synthetic_slices,
         ):
-            buffer = BytesIO()
-            image.save_as(buffer, enforce_file_format=True)
-            yield buffer.getvalue()
+            yield to_bytes(image)
