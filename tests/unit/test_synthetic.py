@@ -11,7 +11,8 @@ import pytest
 from pydicom.dataset import FileDataset
 from pydicom.uid import UID, CTImageStorage
 
-from app.demo.synthetic import FIELD_MM, HEIGHT_MM, ct_series, to_bytes
+from app.demo.canvas import FIELD_MM, HEIGHT_MM
+from app.demo.synthetic import ct_series, to_bytes
 
 STUDY = "1.2.826.0.1.3680043.10.999.1"
 
