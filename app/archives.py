@@ -49,8 +49,9 @@ def entries(archive: BinaryIO, limits: ZipLimits, spool_dir: Path) -> Generator[
     """The files of an archive, one at a time; each is closed when the next is asked for.
 
     Directories and the resource forks of macOS are passed over. An entry with a name that climbs
-    out, a nested ZIP or an encrypted entry is refused alone. Raises Unprocessable for a file that
-    is no readable ZIP or has too many entries, TooLarge for one that unpacks beyond the limits.
+    out, a nested ZIP, an encrypted or a broken entry is refused alone. Raises Unprocessable for a
+    file that is no readable ZIP or has too many entries, TooLarge for one that unpacks beyond the
+    limits.
     """
     try:
         with zipfile.ZipFile(archive) as opened:
@@ -67,11 +68,17 @@ def entries(archive: BinaryIO, limits: ZipLimits, spool_dir: Path) -> Generator[
                     yield Entry(_shown(info), None, refusal)
                     continue
                 with TemporaryFile(dir=spool_dir) as file:
-                    with opened.open(info) as source:
-                        while chunk := source.read(CHUNK_BYTES):
-                            unpacked += len(chunk)
-                            _refuse_bomb(unpacked, archive, limits)
-                            file.write(chunk)
+                    try:
+                        with opened.open(info) as source:
+                            while chunk := source.read(CHUNK_BYTES):
+                                unpacked += len(chunk)
+                                _refuse_bomb(unpacked, archive, limits)
+                                file.write(chunk)
+                    except (zipfile.BadZipFile, zlib.error, EOFError, ValueError) as error:
+                        # The entries behind it may be whole.
+                        broken = Unprocessable(f"This ZIP entry is broken: {_said(error)}.")
+                        yield Entry(_shown(info), None, broken)
+                        continue
                     if is_zip(file):
                         nested = Unprocessable("A ZIP inside a ZIP is not taken: unpack it first.")
                         yield Entry(_shown(info), None, nested)
@@ -101,18 +108,25 @@ def _refuse_bomb(unpacked: int, archive: BinaryIO, limits: ZipLimits) -> None:
 
 
 def _passed_over(info: zipfile.ZipInfo) -> bool:
-    return info.is_dir() or info.filename.startswith("__MACOSX/")
+    return info.filename.endswith("/") or info.filename.startswith("__MACOSX/")
 
 
 def _refusal(info: zipfile.ZipInfo) -> LightboxError | None:
     path = PurePosixPath(info.filename.replace("\\", "/"))
-    if path.is_absolute() or ".." in path.parts or ":" in path.parts[0]:
+    if not path.parts or path.is_absolute() or ".." in path.parts or ":" in path.parts[0]:
         return Unprocessable("The name of this ZIP entry leads out of the archive.")
     if info.flag_bits & 0x1:
         return Unprocessable("This ZIP entry is encrypted.")
+    if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+        # PS3.10 and PS3.18 know no other; LZMA may ask for gigabytes of memory to unpack.
+        return Unprocessable("This ZIP entry is packed by another method than deflate.")
     if info.filename.lower().endswith(".zip"):
         return Unprocessable("A ZIP inside a ZIP is not taken: unpack it first.")
     return None
+
+
+def _said(error: Exception) -> str:
+    return "its checksum differs" if "CRC" in str(error) else "it can't be unpacked"
 
 
 def _shown(info: zipfile.ZipInfo) -> str:

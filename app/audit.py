@@ -129,13 +129,24 @@ class AuditTrail:
                 yield session
                 await session.commit()
         except (sa.exc.SQLAlchemyError, OSError) as error:
-            logger.error("audit record not written", exc_info=error)
-            raise AuditUnavailable(
-                "The audit trail can't be written, so nothing is shown. Try again soon."
-            ) from error
+            raise _unavailable(error) from error
 
     @staticmethod
     async def add(session: AsyncSession, *entries: Entry) -> None:
-        """Add records to the caller's transaction: they stand exactly if the change stands."""
-        session.add_all([entry.as_record() for entry in entries])
+        """Add records to the caller's transaction: they stand exactly if the change stands.
+
+        Raises AuditUnavailable; what the change itself raises comes through as it is.
+        """
         await session.flush()
+        session.add_all([entry.as_record() for entry in entries])
+        try:
+            await session.flush()
+        except (sa.exc.SQLAlchemyError, OSError) as error:
+            raise _unavailable(error) from error
+
+
+def _unavailable(error: Exception) -> AuditUnavailable:
+    logger.error("audit record not written", exc_info=error)
+    return AuditUnavailable(
+        "The audit trail can't be written, so nothing is done and nothing shown. Try again soon."
+    )

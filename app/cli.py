@@ -1,8 +1,10 @@
 """The command line: `python -m app --help`."""
 
+import asyncio
 import logging
+import os
 import tempfile
-from typing import Annotated, NoReturn
+from typing import Annotated, NoReturn, TypeVar
 
 import typer
 import uvicorn
@@ -11,12 +13,16 @@ from rich.console import Console
 from sqlalchemy.engine import make_url
 from sqlalchemy.exc import SQLAlchemyError
 
+from app.db import Database
 from app.db import migrate as migrate_database
-from app.demo.run import run_demo
+from app.demo.run import kept_jwt_secret, run_demo
 from app.demo.stack import SetupError
+from app.errors import DatabaseUnavailable
 from app.identity import Role, issue_token
 from app.main import create_app
-from app.settings import Settings
+from app.settings import DatabaseSettings, IdentitySettings, Settings
+
+Kind = TypeVar("Kind", DatabaseSettings, IdentitySettings, Settings)
 
 cli = typer.Typer(
     help="Lightbox: the imaging adapter of an EHR. Settings are read from LIGHTBOX_... "
@@ -41,7 +47,8 @@ def serve(
     ] = "127.0.0.1",
 ) -> None:
     """Run the application. The edge (nginx) stands in front of it."""
-    settings = _settings()
+    settings = _settings(Settings)
+    _refuse_unfit(settings)
     logging.basicConfig(
         level=settings.log_level, format="%(asctime)s %(levelname)s %(name)s %(message)s"
     )
@@ -65,7 +72,7 @@ def serve(
 @cli.command()
 def migrate() -> None:
     """Bring the database to this version, and grant the application's role what it needs."""
-    settings = _settings()
+    settings = _settings(DatabaseSettings)
     owner_url = settings.migration_database_url or settings.database_url
     app_role = make_url(settings.database_url).username
     if app_role == make_url(owner_url).username:
@@ -83,9 +90,14 @@ def token(
     role: Annotated[list[Role], typer.Option(help="A role; may be given several times.")],
     minutes: Annotated[int, typer.Option(help="How long it holds.", min=1)] = 60,
 ) -> None:
-    """Print a development token; only where LIGHTBOX_JWT_SECRET is set."""
+    """Print a development token; only where LIGHTBOX_JWT_SECRET is set, or the demo was started."""
+    configured = {"LIGHTBOX_JWT_SECRET", "LIGHTBOX_OIDC_ISSUER"} & os.environ.keys()
+    demo_secret = None if configured else kept_jwt_secret()
+    settings = (
+        IdentitySettings(jwt_secret=demo_secret) if demo_secret else _settings(IdentitySettings)
+    )
     try:
-        typer.echo(issue_token(_settings(), sub, role, minutes))
+        typer.echo(issue_token(settings, sub, role, minutes))
     except ValueError as error:
         _fail(str(error))
 
@@ -100,14 +112,33 @@ def demo() -> None:
         _fail(str(error))
 
 
-def _settings() -> Settings:
+def _refuse_unfit(settings: Settings) -> None:
+    """End with a sentence where the database is not there, not migrated, or not safe to use."""
+
+    async def verify() -> None:
+        database = Database(settings.database_url)
+        try:
+            await database.ping()
+            await database.verify()
+        finally:
+            await database.close()
+
     try:
-        return Settings()  # read from the environment
+        asyncio.run(verify())
+    except DatabaseUnavailable:
+        _fail("The database does not answer; check LIGHTBOX_DATABASE_URL.")
+    except (RuntimeError, SQLAlchemyError) as error:
+        _fail(str(error).splitlines()[0])
+
+
+def _settings(kind: type[Kind]) -> Kind:
+    try:
+        return kind()  # read from the environment
     except ValidationError as error:
         lines = [
             f"  LIGHTBOX_{'_'.join(str(part) for part in each['loc']).upper()}: {each['msg']}"
             if each["loc"]
-            else f"  {each['msg']}"
+            else f"  {each['msg'].removeprefix('Value error, ')}"
             for each in error.errors()
         ]
         _fail("The configuration is not complete:\n" + "\n".join(lines))

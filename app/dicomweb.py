@@ -68,8 +68,12 @@ def parse_search(parameters: Iterable[tuple[str, str]], allowed: Sequence[str]) 
     tags = {f"{tag_for_keyword(keyword):08X}": keyword for keyword in allowed}
     matching: dict[str, str] = {}
     paging = {"limit": 101, "offset": 0}
+    seen: set[str] = set()
     for name, value in parameters:
         keyword = tags.get(name.upper(), name)
+        if keyword in seen and keyword != "includefield":
+            raise Unprocessable("A parameter of this search is given more than once.")
+        seen.add(keyword)
         if keyword in paging:
             if not (value.isascii() and value.isdigit() and len(value) <= 6):
                 raise Unprocessable(f"`{keyword}` must be a number from 0 to 999999.")
@@ -81,8 +85,6 @@ def parse_search(parameters: Iterable[tuple[str, str]], allowed: Sequence[str]) 
                 f"This search does not know one of its parameters. Known: {', '.join(allowed)}, "
                 f"{', '.join(_PAGING)}."
             )
-        elif keyword in matching:
-            raise Unprocessable(f"`{keyword}` is given more than once.")
         elif value:
             matching[keyword] = value
     return Search(matching, min(paging["limit"], 1000), paging["offset"])
@@ -164,13 +166,15 @@ async def series_metadata(
     Only instances that came in through our checks are in it, and only if Orthanc says of each
     that it is of this study and this patient. BulkDataURIs point below `root`.
 
-    Raises NotFound, OrthancUnavailable.
+    Raises NotFound, Conflict where the archive holds the study under two patients,
+    OrthancUnavailable.
     """
     known = await series_instances(access, series_instance_uid)
     if not known:
         raise NotFound("The study has no such series.")
     study = access.study
     assert study is not None
+    await orthanc.refuse_shared(study.study_instance_uid, study.orthanc_id)
     answer = await orthanc.series_metadata(study.study_instance_uid, series_instance_uid)
     expected = {
         "0020000D": study.study_instance_uid,
@@ -224,8 +228,9 @@ def _rewrite_urls(item: DicomJson, instance_root: str) -> None:
                     element["BulkDataURI"] = f"{instance_root}/frames"
                 elif marker and _bulk_tags(bulk) is not None:
                     element["BulkDataURI"] = f"{instance_root}/bulk/{bulk}"
-            if element.get("vr") == "SQ":
-                waiting += [each for each in element.get("Value", []) if isinstance(each, dict)]
+            values = element.get("Value")
+            if isinstance(values, list):
+                waiting += [each for each in values if isinstance(each, dict)]
 
 
 # ---------------------------------------------------------------- bytes (PS3.18 10.4.1.1)

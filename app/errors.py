@@ -23,6 +23,8 @@ patient's data, an internal host, or a stack trace. `extra` holds further proble
 from collections.abc import Mapping
 from typing import Any
 
+PROBLEM_TYPE = "urn:lightbox:problem:"
+
 
 class LightboxError(Exception):
     """The root. Raise one of the leaves."""
@@ -35,6 +37,11 @@ class LightboxError(Exception):
         super().__init__(detail)
         self.detail = detail
         self.extra: dict[str, Any] = dict(extra or {})
+
+    @property
+    def type(self) -> str:
+        """The `type` member of RFC 9457."""
+        return f"{PROBLEM_TYPE}{self.slug}"
 
 
 class Unauthenticated(LightboxError):

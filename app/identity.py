@@ -7,6 +7,7 @@ and unknown `crit` headers are refused.
 """
 
 import asyncio
+import logging
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -14,12 +15,15 @@ from enum import StrEnum
 from typing import Any, Protocol
 
 import httpx
+from cryptography.exceptions import UnsupportedAlgorithm
 from joserfc import jwt
 from joserfc.errors import InvalidKeyIdError, JoseError
-from joserfc.jwk import KeySet, OctKey
+from joserfc.jwk import JWKRegistry, Key, KeySet, OctKey
 
 from app.errors import Unauthenticated, Unavailable
-from app.settings import Settings
+from app.settings import IdentitySettings, Settings
+
+logger = logging.getLogger(__name__)
 
 JWKS_FRESH_SECONDS = 3600.0
 JWKS_RETRY_SECONDS = 30.0  # an unknown `kid` fetches the keys again, but not more often
@@ -91,14 +95,14 @@ class JwksKeys:
             if discovery.get("issuer") != self._issuer:
                 raise ValueError("the discovery document names another issuer")
             answer = (await self._client.get(discovery["jwks_uri"])).raise_for_status().json()
-            # Public signature keys only: a symmetric key in a JWKS would make it a secret.
-            usable = [
-                key
-                for key in answer["keys"]
-                if key.get("kty") in ("RSA", "EC", "OKP") and key.get("use", "sig") == "sig"
-            ]
-            return KeySet.import_key_set({"keys": usable})
-        except (httpx.HTTPError, ValueError, KeyError, TypeError, AttributeError) as error:
+            usable = [key for key in map(_usable_key, answer["keys"]) if key is not None]
+            if not usable:
+                raise ValueError("the JWKS has no key for signatures")
+            return KeySet(usable)
+        except (
+            *(httpx.HTTPError, httpx.InvalidURL),
+            *(ValueError, KeyError, TypeError, AttributeError),
+        ) as error:
             if self._keys is not None:
                 return self._keys
             raise Unavailable(
@@ -164,7 +168,19 @@ class TokenVerifier:
         return decoded.claims
 
 
-def issue_token(settings: Settings, sub: str, roles: list[Role], minutes: int) -> str:
+def _usable_key(key: dict[str, Any]) -> Key | None:
+    """A public signature key of a JWKS; None for what is not one, or is not understood (RFC 7517,
+    section 5). A symmetric key is never one: it would make the JWKS a secret."""
+    if key.get("kty") not in ("RSA", "EC", "OKP") or key.get("use", "sig") != "sig":
+        return None
+    try:
+        return JWKRegistry.import_key(key)
+    except (JoseError, UnsupportedAlgorithm, ValueError, KeyError, TypeError):
+        logger.warning("a key of the identity provider's JWKS is not understood")
+        return None
+
+
+def issue_token(settings: IdentitySettings, sub: str, roles: list[Role], minutes: int) -> str:
     """A development token. Raises ValueError where no shared secret is configured."""
     if settings.jwt_secret is None:
         raise ValueError("tokens are issued by the OIDC provider here, not by Lightbox")

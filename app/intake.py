@@ -9,6 +9,7 @@ if the link can't be committed, what Orthanc newly stored is taken back.
 import hashlib
 import logging
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from tempfile import TemporaryFile
 from typing import Any, BinaryIO
@@ -20,7 +21,7 @@ from pydicom import Dataset
 from pydicom.datadict import tag_for_keyword
 from sqlmodel import col, select
 
-from app.access import PatientAccess, RoleAccess, Subject
+from app.access import Denial, PatientAccess, RoleAccess, Subject
 from app.audit import Action
 from app.db import insert_if_absent
 from app.dicom import (
@@ -161,9 +162,13 @@ class Intake:
                 )
             )
         ).first()
-        if found is None:
-            raise NotFound(f"No patient here has the file's PatientID {header.patient}. {unnamed}")
-        return await caller.admit(Subject.PATIENT, found)
+        if found is not None:
+            # A PatientID can be guessed: a patient of others is refused as an unknown one is.
+            with suppress(Denial):
+                return await caller.admit(Subject.PATIENT, found)
+        else:
+            await caller.unknown({"PatientID": str(header.patient)})
+        raise NotFound(f"No patient here has the file's PatientID {header.patient}. {unnamed}")
 
     def _differences(self, access: PatientAccess, header: Header, *, fill: bool) -> Differences:
         """Where the file's identifiers contradict the patient's and the order's.
@@ -354,7 +359,7 @@ async def _link(
 def _refuse_wide_big_endian(file: BinaryIO, scanned: Scan) -> None:
     """Raises Unprocessable for big endian samples of more than 16 bits.
 
-    Orthanc (1.10 to 1.12) hands them out with each 16 bits swapped instead of each sample: a
+    Orthanc 1.10 hands them out with each 16 bits swapped instead of each sample: a
     plausible, wrong picture. Explicit VR Big Endian is retired (PS3.5 A.3); nothing is lost.
     """
     bits = scanned.element(tag_for_keyword("BitsAllocated") or 0)

@@ -72,6 +72,7 @@ def create_app(settings: Settings) -> FastAPI:
         description=DESCRIPTION,
         lifespan=lifespan,
         redoc_url=None,
+        redirect_slashes=False,  # a redirect would carry the token to whatever Host was named
         static_url="/docs/static",
     )
     problems.install(app)

@@ -15,7 +15,7 @@ import anyio.to_thread
 import httpx
 from pyorthanc import AsyncOrthanc
 
-from app.errors import MalformedDicom, NotFound, OrthancUnavailable
+from app.errors import Conflict, MalformedDicom, NotFound, OrthancUnavailable
 from app.settings import Settings
 
 CHUNK_BYTES = 256 * 1024
@@ -131,6 +131,19 @@ class Orthanc:
             for each in found
             if isinstance(each, dict) and each.get("Type") == "Study"
         ]
+
+    async def refuse_shared(self, study_instance_uid: str, orthanc_id: str) -> None:
+        """One owner a UID: raises Conflict unless the archive holds the study as this one alone.
+
+        Somebody may have sent images with the same StudyInstanceUID and another PatientID
+        straight to Orthanc; until a human has decided, the study is shown to nobody.
+        """
+        if await self.owners(study_instance_uid) != [orthanc_id]:
+            raise Conflict(
+                "The image archive does not hold this study under this patient alone (it may "
+                "have been removed there, or stored for another patient as well). It can't be "
+                "shown until a radiology administrator has looked at it."
+            )
 
     async def delete_study(self, orthanc_id: str) -> None:
         """Delete a study. One that is gone already is as good."""

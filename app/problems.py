@@ -15,11 +15,17 @@ from starlette.exceptions import HTTPException
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from app.errors import DatabaseUnavailable, LightboxError, Unauthenticated, Unavailable
+from app.errors import (
+    PROBLEM_TYPE,
+    DatabaseUnavailable,
+    LightboxError,
+    Unauthenticated,
+    Unavailable,
+)
 
 logger = logging.getLogger(__name__)
 
-_SANE_REQUEST_ID = re.compile(r"[A-Za-z0-9._:+=@-]{1,64}")
+_SANE_REQUEST_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:+=@-]{0,63}")
 _TITLES = {404: "Not found", 405: "Method not allowed", 400: "Bad request"}
 _DETAILS = {
     404: "There is nothing at this address. See /docs for what there is.",
@@ -44,7 +50,7 @@ def problem(
 ) -> ProblemResponse:
     """A problem answer. `slug` becomes `type`; docs/api.md lists them."""
     body = {
-        "type": slug if slug == "about:blank" else f"urn:lightbox:problem:{slug}",
+        "type": slug if slug == "about:blank" else f"{PROBLEM_TYPE}{slug}",
         "title": title,
         "status": status,
         "detail": detail,
@@ -117,26 +123,30 @@ def install(app: FastAPI) -> None:
             request, DatabaseUnavailable("The database does not answer. Try again in a moment.")
         )
 
-    async def unforeseen(request: Request, error: Exception) -> Response:
-        return problem(
-            request,
-            500,
-            "Internal error",
-            "Lightbox failed at this request; nothing more is known to you. Name the request_id "
-            "to whoever runs it.",
-            slug="internal-error",
-        )
-
     app.add_exception_handler(LightboxError, ours)
     app.add_exception_handler(RequestValidationError, invalid)
     app.add_exception_handler(HTTPException, http)
     for kind in (sa.exc.OperationalError, sa.exc.InterfaceError, sa.exc.TimeoutError):
         app.add_exception_handler(kind, database)
-    app.add_exception_handler(Exception, unforeseen)
+
+
+def _unforeseen(request: Request) -> Response:
+    return problem(
+        request,
+        500,
+        "Internal error",
+        "Lightbox failed at this request; nothing more is known to you. Name the request_id "
+        "to whoever runs it.",
+        slug="internal-error",
+    )
 
 
 class RequestId:
-    """Gives every request an id, the caller's own if it is a sane one, and says it back."""
+    """Gives every request an id, the caller's own if it is a sane one, and says it back.
+
+    It also answers what nobody foresaw: FastAPI's own handler stands outside of all middleware,
+    and its answer would have no id.
+    """
 
     def __init__(self, app: ASGIApp) -> None:
         self.app = app
@@ -149,12 +159,21 @@ class RequestId:
         request_id = given if _SANE_REQUEST_ID.fullmatch(given) else uuid4().hex
         scope.setdefault("state", {})["request_id"] = request_id
 
+        started = False
+
         async def named(message: Message) -> None:
+            nonlocal started
             if message["type"] == "http.response.start":
+                started = True
                 headers = MutableHeaders(scope=message)
                 headers["X-Request-ID"] = request_id
                 headers.setdefault("Cache-Control", "no-store")
                 headers.setdefault("X-Content-Type-Options", "nosniff")
             await send(message)
 
-        await self.app(scope, receive, named)
+        try:
+            await self.app(scope, receive, named)
+        except Exception:
+            if not started:
+                await _unforeseen(Request(scope))(scope, receive, named)
+            raise  # to the server's log

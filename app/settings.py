@@ -14,9 +14,7 @@ from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 MEBIBYTE = 1024 * 1024
 
 
-class Settings(BaseSettings):
-    """The whole configuration of one app process."""
-
+class _Environment(BaseSettings):
     model_config = SettingsConfigDict(
         env_prefix="LIGHTBOX_",
         frozen=True,
@@ -24,7 +22,10 @@ class Settings(BaseSettings):
         secrets_dir="/run/secrets" if Path("/run/secrets").is_dir() else None,
     )
 
-    # Where things are
+
+class DatabaseSettings(_Environment):
+    """Where the database is: all that migrating needs."""
+
     database_url: str = Field(
         description="SQLAlchemy URL of the database, as the application's own role: "
         "`sqlite+aiosqlite:///path` or `postgresql+psycopg://user:password@host/name`."
@@ -35,25 +36,11 @@ class Settings(BaseSettings):
         "migrate` uses it. Empty: `database_url`. On PostgreSQL the two must be different "
         "roles, or the application could change its own audit trail, and it refuses to start.",
     )
-    api_base_url: str = Field(
-        default="http://localhost:8000",
-        description="The API origin as clients see it, without a trailing slash.",
-    )
-    viewer_base_url: str = Field(
-        default="http://localhost:3001",
-        description="The viewer origin as browsers see it, without a trailing slash. Must be "
-        "another origin than the API's. With https the session cookie is marked Secure.",
-    )
-    orthanc_url: str = Field(description="Orthanc's REST address, private to app and edge.")
-    orthanc_username: str = Field(description="The user registered in Orthanc for Lightbox.")
-    orthanc_password: SecretStr = Field(description="That user's password.")
-    orthanc_timeout_seconds: float = Field(
-        default=30.0,
-        gt=0,
-        description="How long Orthanc may stay silent before a request is given up with 503.",
-    )
 
-    # Who is calling
+
+class IdentitySettings(_Environment):
+    """Who is calling: all that a token needs."""
+
     jwt_secret: SecretStr | None = Field(
         default=None,
         description="Shared secret (at least 32 characters) for HS256 tokens: development only. "
@@ -91,6 +78,50 @@ class Settings(BaseSettings):
         "files without IssuerOfPatientID. Empty: such patients have no issuer.",
     )
 
+    @model_validator(mode="before")
+    @classmethod
+    def _split_algorithms(cls, data: dict[str, object]) -> dict[str, object]:
+        value = data.get("jwt_algorithms")
+        if isinstance(value, str):
+            data = {**data, "jwt_algorithms": tuple(a.strip() for a in value.split(",") if a)}
+        return data
+
+    @model_validator(mode="after")
+    def _one_way_to_sign_in(self) -> Self:
+        if (self.jwt_secret is None) == (self.oidc_issuer is None):
+            raise ValueError(
+                "set exactly one of LIGHTBOX_JWT_SECRET (development) and LIGHTBOX_OIDC_ISSUER"
+            )
+        if self.jwt_secret is not None and len(self.jwt_secret.get_secret_value()) < 32:
+            raise ValueError("LIGHTBOX_JWT_SECRET must have at least 32 characters")
+        symmetric = [a for a in self.jwt_algorithms if not a.startswith(("RS", "ES", "PS", "Ed"))]
+        if symmetric or not self.jwt_algorithms:
+            raise ValueError("LIGHTBOX_JWT_ALGORITHMS takes asymmetric algorithms only (RS256...)")
+        return self
+
+
+class Settings(IdentitySettings, DatabaseSettings):
+    """The whole configuration of one app process."""
+
+    # Where things are
+    api_base_url: str = Field(
+        default="http://localhost:8000",
+        description="The API origin as clients see it, without a trailing slash.",
+    )
+    viewer_base_url: str = Field(
+        default="http://localhost:3001",
+        description="The viewer origin as browsers see it, without a trailing slash. Must be "
+        "another origin than the API's. With https the session cookie is marked Secure.",
+    )
+    orthanc_url: str = Field(description="Orthanc's REST address, private to app and edge.")
+    orthanc_username: str = Field(description="The user registered in Orthanc for Lightbox.")
+    orthanc_password: SecretStr = Field(description="That user's password.")
+    orthanc_timeout_seconds: float = Field(
+        default=30.0,
+        gt=0,
+        description="How long Orthanc may stay silent before a request is given up with 503.",
+    )
+
     # What may come in
     max_upload_bytes: int = Field(
         default=2048 * MEBIBYTE, gt=0, description="Largest DICOM file, and largest request."
@@ -125,25 +156,8 @@ class Settings(BaseSettings):
         default="INFO", description="Least severe log line that is written."
     )
 
-    @model_validator(mode="before")
-    @classmethod
-    def _split_algorithms(cls, data: dict[str, object]) -> dict[str, object]:
-        value = data.get("jwt_algorithms")
-        if isinstance(value, str):
-            data = {**data, "jwt_algorithms": tuple(a.strip() for a in value.split(",") if a)}
-        return data
-
     @model_validator(mode="after")
-    def _coherent(self) -> Self:
-        if (self.jwt_secret is None) == (self.oidc_issuer is None):
-            raise ValueError(
-                "set exactly one of LIGHTBOX_JWT_SECRET (development) and LIGHTBOX_OIDC_ISSUER"
-            )
-        if self.jwt_secret is not None and len(self.jwt_secret.get_secret_value()) < 32:
-            raise ValueError("LIGHTBOX_JWT_SECRET must have at least 32 characters")
-        symmetric = [a for a in self.jwt_algorithms if not a.startswith(("RS", "ES", "PS", "Ed"))]
-        if symmetric or not self.jwt_algorithms:
-            raise ValueError("LIGHTBOX_JWT_ALGORITHMS takes asymmetric algorithms only (RS256...)")
+    def _origins_apart(self) -> Self:
         if self.viewer_base_url == self.api_base_url:
             raise ValueError("the viewer origin and the API origin must be different")
         for name in ("api_base_url", "viewer_base_url", "orthanc_url"):

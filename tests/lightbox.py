@@ -1,17 +1,21 @@
 """The app in this process, spoken to as its callers do."""
 
-from collections.abc import AsyncIterator
+import time
+from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import httpx
 from fastapi import FastAPI
+from joserfc import jwt
+from joserfc.jwk import OctKey
 from pydantic import SecretStr
 
 from app.identity import Role, issue_token
 from app.main import create_app
 from app.settings import Settings
+from tests.fake_orthanc import FakeOrthanc
 from tests.images import ct_image
 
 SECRET = "a secret for tests, of 32 characters or more"
@@ -30,6 +34,19 @@ def make_settings(database_url: str, orthanc_url: str, **more: Any) -> Settings:
     return Settings(**{**values, **more})
 
 
+def signed(settings: Settings, **claims: Any) -> str:
+    """A token by the shared secret: sane claims, with `claims` over them; None leaves one out."""
+    now = int(time.time())
+    sane = {
+        "iss": settings.jwt_issuer,
+        "aud": settings.jwt_audience,
+        "sub": "clinician",
+        "exp": now + 300,
+    }
+    kept = {name: value for name, value in {**sane, **claims}.items() if value is not None}
+    return jwt.encode({"alg": "HS256"}, kept, OctKey.import_key(SECRET))
+
+
 @dataclass
 class Lightbox:
     """A running app. `get`, `post`... go out as `role`, with `sub` the role's name by default."""
@@ -42,11 +59,21 @@ class Lightbox:
         return issue_token(self.settings, sub or role, [Role(role)], minutes=5)
 
     async def ask(
-        self, role: str | None, method: str, path: str, *, sub: str | None = None, **more: Any
+        self,
+        role: str | None,
+        method: str,
+        path: str,
+        *,
+        sub: str | None = None,
+        claims: Mapping[str, Any] | None = None,
+        **more: Any,
     ) -> httpx.Response:
-        """One request as a role; None: without a token. No cookies are kept."""
+        """One request as a role, or with `claims` of its own; neither: without a token. No
+        cookies are kept."""
         headers = dict(more.pop("headers", {}))
-        if role is not None:
+        if claims is not None:
+            headers["Authorization"] = f"Bearer {signed(self.settings, **claims)}"
+        elif role is not None:
             headers["Authorization"] = f"Bearer {self.token(role, sub)}"
         answer = await self.client.request(method, path, headers=headers, **more)
         self.client.cookies.clear()
@@ -124,8 +151,9 @@ class Opened:
     cookie: str
 
     async def get(self, path: str, *, cookie: str | None = None, **more: Any) -> httpx.Response:
+        headers = {**more.pop("headers", {}), "Cookie": cookie or self.cookie}
         answer = await self.lightbox.client.get(
-            f"/s/{self.ctx}/dicom-web{path}", headers={"Cookie": cookie or self.cookie}, **more
+            f"/s/{self.ctx}/dicom-web{path}", headers=headers, **more
         )
         self.lightbox.client.cookies.clear()
         return answer
@@ -176,6 +204,17 @@ async def make_world(lightbox: Lightbox) -> World:
         their_study=their_upload.json()["study_instance_uid"],
         their_image=their_upload.json(),
     )
+
+
+@dataclass(frozen=True)
+class Shared:
+    """A world that many tests look at and none changes, with two viewers open."""
+
+    lightbox: Lightbox
+    world: World
+    orthanc: FakeOrthanc
+    mine: Opened  # my patient's study, in the browser of `clinician`
+    theirs: Opened  # the other patient's study, in the browser of who treats them
 
 
 @asynccontextmanager

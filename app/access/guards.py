@@ -233,6 +233,13 @@ class RoleAccess:
         self.grants.append(access.entry(Outcome.GRANTED))
         return access
 
+    async def unknown(self, named: Mapping[str, str]) -> None:
+        """Record that there is no patient of that name: guessing leaves its traces too."""
+        entry = _entry_of(self.principal, self.action, self.origin)
+        await self.gate.trail.record(
+            replace(entry, outcome=Outcome.DENIED, reason="unknown", detail=named)
+        )
+
     @asynccontextmanager
     async def apart(self) -> AsyncIterator["RoleAccess"]:
         """The same caller in a transaction of its own: one of many files, say."""
@@ -272,6 +279,11 @@ class Guard(ABC):
     @abstractmethod
     def describe(self) -> dict[str, str]:
         """What OpenAPI says of it under `x-access`."""
+
+    async def before_body(self, request: Request) -> None:
+        """Refuse who may not ask at all. FastAPI reads a body before it runs a guard: where that
+        fails, `AccessRouter` calls this, so that only an entitled caller hears why."""
+        return
 
 
 class Public(Guard):
@@ -340,6 +352,14 @@ def refuse_ignored_parameters(request: Request) -> None:
             raise Unprocessable(f"`{shown}` is empty; leave it out to not filter by it.")
 
 
+async def _refuse_by_role(request: Request, action: Action) -> None:
+    gate: Gate = request.app.state.gate
+    principal = await current_principal(request, await _bearer(request))
+    await gate.role_check(
+        principal, _entry_of(principal, action, origin_of(request)), record_grant=False
+    )
+
+
 class Grant(Guard):
     """The caller may do `action` to the patient behind the path parameter `of`."""
 
@@ -349,7 +369,6 @@ class Grant(Guard):
 
     async def __call__(self, request: Request, principal: Signed) -> AsyncIterator[PatientAccess]:
         gate: Gate = request.app.state.gate
-        refuse_ignored_parameters(request)
         grants: list[Entry] = []
         async with gate.transaction(grants) as session:
             access = await gate.patient_access(
@@ -361,7 +380,11 @@ class Grant(Guard):
                 request.path_params[self.of.value],
             )
             grants.append(access.entry(Outcome.GRANTED))
+            refuse_ignored_parameters(request)
             yield access
+
+    async def before_body(self, request: Request) -> None:
+        await _refuse_by_role(request, self.action)
 
     def describe(self) -> dict[str, str]:
         return {"guard": "patient", "action": self.action.value, "of": self.of.value}
@@ -377,13 +400,16 @@ class Caller(Guard):
 
     async def __call__(self, request: Request, principal: Signed) -> AsyncIterator[RoleAccess]:
         gate: Gate = request.app.state.gate
-        refuse_ignored_parameters(request)
         origin = origin_of(request)
         entry = _entry_of(principal, self.action, origin)
         await gate.role_check(principal, entry, record_grant=not self.patient_in_body)
         grants: list[Entry] = [] if self.patient_in_body else [entry]
         async with gate.transaction(grants) as session:
+            refuse_ignored_parameters(request)
             yield RoleAccess(session, principal, self.action, origin, gate, grants)
+
+    async def before_body(self, request: Request) -> None:
+        await _refuse_by_role(request, self.action)
 
     def describe(self) -> dict[str, str]:
         guard = "patient-in-body" if self.patient_in_body else "role"
@@ -398,13 +424,13 @@ class Visible(Guard):
 
     async def __call__(self, request: Request, principal: Signed) -> AsyncIterator[VisiblePatients]:
         gate: Gate = request.app.state.gate
-        refuse_ignored_parameters(request)
         origin = origin_of(request)
         entry = replace(
             _entry_of(principal, self.action, origin), detail={"query": dict(request.query_params)}
         )
         await gate.role_check(principal, entry)
         async with gate.transaction([entry]) as session:
+            refuse_ignored_parameters(request)
             condition = visible(principal, self.action, utcnow())
             yield VisiblePatients(session, principal, self.action, origin, gate, condition)
 

@@ -87,7 +87,7 @@ def run_demo(console: Console) -> None:
     """Start everything, say where it is, and stay until asked to stop. Raises SetupError."""
     for each in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT):
         signal.signal(each, _stop)
-    state = Path(os.environ.get("LIGHTBOX_STATE_DIR") or ".lightbox").resolve()
+    state = _state_dir()
     started = time.monotonic()
     try:
         with ExitStack() as stack:
@@ -107,6 +107,15 @@ def run_demo(console: Console) -> None:
         for each in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT):
             signal.signal(each, signal.SIG_IGN)
     console.print("\nStopped. Nothing was left running; `make demo` comes up with the same data.")
+
+
+def kept_jwt_secret() -> SecretStr | None:
+    """The secret that the demo's tokens are signed with; None before its first start."""
+    try:
+        kept = json.loads((_state_dir() / "secrets.json").read_text())
+        return SecretStr(kept["jwt_secret"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 class _Demo:
@@ -268,6 +277,10 @@ class _Demo:
 
     def _step(self, what: str) -> None:
         self._console.print(f"[bold]·[/] {what}")
+
+
+def _state_dir() -> Path:
+    return Path(os.environ.get("LIGHTBOX_STATE_DIR") or ".lightbox").resolve()
 
 
 def _environment(settings: Settings) -> dict[str, str]:

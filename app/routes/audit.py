@@ -54,6 +54,9 @@ async def read_audit(
     response: Response,
     patient_id: UUID | None = None,
     study_instance_uid: Annotated[str, Query(max_length=64)] = "",
+    order_id: UUID | None = None,
+    ctx: Annotated[str, Query(max_length=64, description="A viewer's session.")] = "",
+    request_id: Annotated[str, Query(max_length=64)] = "",
     actor: Annotated[str, Query(max_length=255)] = "",
     action: Action | None = None,
     outcome: Outcome | None = None,
@@ -68,6 +71,12 @@ async def read_audit(
         query = query.where(AuditRecord.patient_id == patient_id)
     if study_instance_uid:
         query = query.where(AuditRecord.study_instance_uid == study_instance_uid)
+    if order_id is not None:
+        query = query.where(AuditRecord.order_id == order_id)
+    if ctx:
+        query = query.where(AuditRecord.ctx == ctx)
+    if request_id:
+        query = query.where(AuditRecord.request_id == request_id)
     if actor:
         query = query.where(AuditRecord.actor == actor)
     if action is not None:

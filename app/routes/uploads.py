@@ -243,7 +243,7 @@ def _failed(name: str, error: LightboxError) -> FileResult:
         status="failed",
         error=error.detail,
         error_status=error.status,
-        error_type=error.slug,
+        error_type=error.type,
     )
 
 

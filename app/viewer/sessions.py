@@ -24,7 +24,7 @@ from sqlmodel.ext.asyncio.session import AsyncSession
 from app.access import Denial, Gate, PatientAccess, Subject
 from app.audit import Action, AuditTrail, Entry, Origin, Outcome
 from app.db import Database, utcnow
-from app.errors import Conflict, Forbidden, Gone, LightboxError, NotFound, Unauthenticated
+from app.errors import Forbidden, Gone, LightboxError, NotFound, Unauthenticated
 from app.identity import Principal, Role
 from app.linking import StudySummary
 from app.models import LaunchSession, LaunchStudy
@@ -115,14 +115,9 @@ class Viewer:
                 f"{'order' if access.order else 'patient'}."
             )
         for summary in opened:
-            if await self._orthanc.owners(summary.study.study_instance_uid) != [
-                summary.study.orthanc_id
-            ]:
-                raise Conflict(
-                    "The image archive does not hold this study under this patient alone (it may "
-                    "have been removed there, or stored for another patient as well). It can't be "
-                    "shown until a radiology administrator has looked at it."
-                )
+            await self._orthanc.refuse_shared(
+                summary.study.study_instance_uid, summary.study.orthanc_id
+            )
         now, code = utcnow(), secrets.token_urlsafe(32)
         uids = [summary.study.study_instance_uid for summary in opened]
         session = LaunchSession(
@@ -192,6 +187,7 @@ class Viewer:
             )
             if redeemed.rowcount != 1:
                 # Two browsers opened it at the same moment; the other was first.
+                await session.rollback()  # the record needs SQLite's one write lock
                 await self._gate.trail.record(replace(entry, reason="used"))
                 raise _used()
             await AuditTrail.add(session, replace(entry, outcome=Outcome.GRANTED))
@@ -420,6 +416,7 @@ class Viewer:
                 record_grant=False,
             )
         except Denial:
+            await self.flush()
             await _end(session, [launch], EndedBecause.RIGHT_LOST, origin, actor="")
             await session.commit()
             raise SessionOver(EndedBecause.RIGHT_LOST) from None
