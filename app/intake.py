@@ -118,6 +118,9 @@ class Intake:
             try:
                 self._check_ids(header, stored)
                 await _link(access, header, stored, digest, differences)
+                if not stored.new and not await self._orthanc.holds_instance(stored.instance_id):
+                    # Another upload of it failed, and took it back while we relied on it.
+                    raise Conflict("The same file was refused at the same moment; send it again.")
                 await access.session.commit()
             except BaseException as error:
                 await access.session.rollback()

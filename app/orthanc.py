@@ -145,6 +145,11 @@ class Orthanc:
                 "shown until a radiology administrator has looked at it."
             )
 
+    async def holds_instance(self, orthanc_id: str) -> bool:
+        """Is the instance in the archive?"""
+        path = f"/instances/{_valid_id(orthanc_id)}/metadata"
+        return (await self._ask("GET", path, pass_on=(404,))).status_code == 200
+
     async def delete_study(self, orthanc_id: str) -> None:
         """Delete a study. One that is gone already is as good."""
         await self._ask("DELETE", f"/studies/{_valid_id(orthanc_id)}", pass_on=(404,))

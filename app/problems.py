@@ -21,6 +21,7 @@ from app.errors import (
     LightboxError,
     Unauthenticated,
     Unavailable,
+    Unprocessable,
 )
 
 logger = logging.getLogger(__name__)
@@ -123,7 +124,14 @@ def install(app: FastAPI) -> None:
             request, DatabaseUnavailable("The database does not answer. Try again in a moment.")
         )
 
+    async def unfit(request: Request, error: Exception) -> Response:
+        # PostgreSQL takes no U+0000 and no number beyond a column's range.
+        return of_error(
+            request, Unprocessable("The request holds a character or number that can't be kept.")
+        )
+
     app.add_exception_handler(LightboxError, ours)
+    app.add_exception_handler(sa.exc.DataError, unfit)
     app.add_exception_handler(RequestValidationError, invalid)
     app.add_exception_handler(HTTPException, http)
     for kind in (sa.exc.OperationalError, sa.exc.InterfaceError, sa.exc.TimeoutError):

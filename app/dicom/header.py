@@ -18,6 +18,7 @@ _LONGEST_VALUE = 1024  # bytes; the longest legal value here is a PN of 3 x 64 c
 _LONGEST_ISSUER = 8192  # bytes of IssuerOfAccessionNumberSequence
 _LOCAL_NAMESPACE = 0x00400031
 _UNIVERSAL_ENTITY = 0x00400032
+_MEDIA_STORAGE_DIRECTORY = "1.2.840.10008.1.3.10"
 _WHOLE_NUMBER = re.compile(r"[+-]?[0-9]{1,11}")
 
 
@@ -57,7 +58,7 @@ class Header:
 def read_header(file: BinaryIO, scan: Scan) -> Header:
     """Read the header of a scanned file.
 
-    Raises MalformedDicom that names every problem, and lists them in
+    Raises MalformedDicom for a DICOMDIR, and one that names every problem, and lists them in
     `extra["errors"]` as `{"keyword": ..., "problem": ...}`.
     """
     return _Reader(file, scan).read()
@@ -75,6 +76,11 @@ class _Reader:
         self.charset = Charset.of(raw)
 
     def read(self) -> Header:
+        if self.scan.meta.sop_class_uid == _MEDIA_STORAGE_DIRECTORY:
+            raise MalformedDicom(
+                "This is a DICOMDIR, the table of contents of a medium (PS3.10 8): send the files "
+                "that it lists."
+            )
         uid = self.required_uid
         header = Header(
             transfer_syntax_uid=self.scan.transfer_syntax_uid,
