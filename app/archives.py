@@ -4,6 +4,8 @@ Nothing is ever unpacked to a name from the archive; each entry goes through one
 and is bounded by the bytes that really come out.
 """
 
+import re
+import struct
 import zipfile
 import zlib
 from collections.abc import Generator
@@ -17,6 +19,8 @@ from app.errors import LightboxError, TooLarge, Unprocessable
 CHUNK_BYTES = 256 * 1024
 ZIP_MAGIC = b"PK\x03\x04"
 EMPTY_ZIP_MAGIC = b"PK\x05\x06"
+_END_RECORD_REACH = 22 + 65535 + 20 + 56  # with the longest comment, and the zip64 records
+_BYTES_PER_ENTRY = 1024
 
 
 @dataclass(frozen=True)
@@ -53,6 +57,7 @@ def entries(archive: BinaryIO, limits: ZipLimits, spool_dir: Path) -> Generator[
     file that is no readable ZIP or has too many entries, TooLarge for one that unpacks beyond the
     limits.
     """
+    _refuse_large_directory(archive, limits)
     try:
         with zipfile.ZipFile(archive) as opened:
             infos = [info for info in opened.infolist() if not _passed_over(info)]
@@ -88,6 +93,33 @@ def entries(archive: BinaryIO, limits: ZipLimits, spool_dir: Path) -> Generator[
         raise Unprocessable("The ZIP can't be read: it is broken or cut off.") from error
     except (RuntimeError, ValueError) as error:
         raise Unprocessable("The ZIP can't be read: it is encrypted or broken.") from error
+
+
+def _refuse_large_directory(archive: BinaryIO, limits: ZipLimits) -> None:
+    """Bound the list of entries before zipfile reads it, all of it, into memory.
+
+    The list stands before the end record (APPNOTE 4.3.16) and is no longer than the file; an
+    entry of it takes 46 bytes and its name. Raises Unprocessable.
+    """
+    size = archive.seek(0, 2)
+    archive.seek(max(0, size - _END_RECORD_REACH))
+    tail = archive.read(_END_RECORD_REACH)
+    archive.seek(0)
+    # Any of them: which one zipfile believes depends on comments.
+    starts = [each.start() for each in re.finditer(re.escape(b"PK\x05\x06"), tail)]
+    for start in starts:
+        if len(tail) < start + 22:
+            continue
+        count, length = struct.unpack_from("<HL", tail, start + 10)
+        if count == 0xFFFF or length == 0xFFFFFFFF:
+            zip64 = tail.rfind(b"PK\x06\x06", 0, start)
+            if zip64 < 0 or len(tail) < zip64 + 56:
+                continue
+            count, length = struct.unpack_from("<QQ", tail, zip64 + 32)
+        if count > limits.max_files * 2 or length > limits.max_files * _BYTES_PER_ENTRY:
+            raise Unprocessable(
+                f"The ZIP lists more files than are taken; at most {limits.max_files} are."
+            )
 
 
 def _refuse_bomb(unpacked: int, archive: BinaryIO, limits: ZipLimits) -> None:

@@ -174,6 +174,7 @@ async def series_metadata(
         raise NotFound("The study has no such series.")
     study = access.study
     assert study is not None
+    await access.release()
     await orthanc.refuse_shared(study.study_instance_uid, study.orthanc_id)
     answer = await orthanc.series_metadata(study.study_instance_uid, series_instance_uid)
     expected = {

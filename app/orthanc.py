@@ -145,6 +145,12 @@ class Orthanc:
                 "shown until a radiology administrator has looked at it."
             )
 
+    async def instance_md5(self, orthanc_id: str) -> str:
+        """MD5 of an instance's file as it is stored, in hexadecimal; empty if it has gone."""
+        path = f"/instances/{_valid_id(orthanc_id)}/attachments/dicom/md5"
+        response = await self._ask("GET", path, pass_on=(404,))
+        return response.text.strip() if response.status_code == 200 else ""
+
     async def holds_instance(self, orthanc_id: str) -> bool:
         """Is the instance in the archive?"""
         path = f"/instances/{_valid_id(orthanc_id)}/metadata"

@@ -59,7 +59,7 @@ def problem(
         **(extra or {}),
     }
     return ProblemResponse(
-        json.dumps(body, ensure_ascii=False),
+        json.dumps(body),
         status,
         {"Cache-Control": "no-store", **(headers or {})},
     )
@@ -146,6 +146,8 @@ def _unforeseen(request: Request) -> Response:
         "Lightbox failed at this request; nothing more is known to you. Name the request_id "
         "to whoever runs it.",
         slug="internal-error",
+        # The server closes the connection after this; the edge must not use it again.
+        headers={"Connection": "close"},
     )
 
 
@@ -179,6 +181,22 @@ class RequestId:
                 headers.setdefault("X-Content-Type-Options", "nosniff")
             await send(message)
 
+        async def named(message: Message) -> None:
+            nonlocal started
+            if message["type"] == "http.response.start":
+                started = True
+                headers = MutableHeaders(scope=message)
+                headers["X-Request-ID"] = request_id
+                headers.setdefault("Cache-Control", "no-store")
+                headers.setdefault("X-Content-Type-Options", "nosniff")
+            await send(message)
+
+        if b"%00" in scope.get("raw_path", b"") or b"%00" in scope.get("query_string", b""):
+            # No value of ours holds NUL, and PostgreSQL stores none.
+            said = "An address can't hold NUL."
+            refusal = problem(Request(scope), 422, "Invalid request", said, slug="invalid-request")
+            await refusal(scope, receive, named)
+            return
         try:
             await self.app(scope, receive, named)
         except Exception:

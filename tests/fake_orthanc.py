@@ -3,6 +3,7 @@
 What only this has shown is not shown; tests/live does the same against the real one.
 """
 
+import hashlib
 import json
 import re
 from dataclasses import dataclass, field
@@ -27,8 +28,8 @@ class FakeOrthanc:
     requests: list[tuple[str, str]] = field(default_factory=list)
     faults: list[httpx.Response | Exception] = field(default_factory=list)
 
-    def install(self, router: respx.Router) -> None:
-        router.route(url__startswith=URL).mock(side_effect=self._answer)
+    def install(self, router: respx.Router, url: str = URL) -> None:
+        router.route(url__startswith=url).mock(side_effect=self._answer)
 
     def asked(self, method: str, path: str = "") -> list[tuple[str, str]]:
         """The requests of a method whose path begins so."""
@@ -56,6 +57,13 @@ class FakeOrthanc:
             return httpx.Response(200, json=[{"Type": "Study", "ID": each} for each in found])
         if method == "DELETE":
             return self._delete(path)
+        match = re.fullmatch(r"/instances/([0-9a-f-]+)/metadata", path)
+        if match:
+            return httpx.Response(200 if match[1] in self.instances else 404, json=[])
+        match = re.fullmatch(r"/instances/([0-9a-f-]+)/attachments/dicom/md5", path)
+        if match:
+            digest = hashlib.md5(self.bodies[match[1]], usedforsecurity=False).hexdigest()
+            return httpx.Response(200, text=digest)
         match = re.fullmatch(r"/dicom-web/studies/([0-9.]+)/series/([0-9.]+)/metadata", path)
         if match:
             rows = [

@@ -16,7 +16,7 @@ def ct_image(
     sop_uid: str | None = None,
     **values: Any,
 ) -> bytes:
-    """A CT slice of 16 x 16 pixels, Explicit VR Little Endian. `values` by keyword; None: absent."""
+    """A CT slice of 16 x 16 pixels, Explicit VR LE. `values` by keyword; None: absent."""
     image = Dataset()
     image.SOPClassUID = CTImageStorage
     image.SOPInstanceUID = sop_uid or generate_uid(None)

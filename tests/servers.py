@@ -32,7 +32,7 @@ from sqlalchemy.engine import URL, make_url
 from app.demo.stack import LOOPBACK, ORTHANC_CONFIGURATION, OrthancServer, free_port
 
 POSTGRES_IMAGE = "postgres:15"
-ORTHANC_IMAGE = "orthancteam/orthanc:26.9.1"
+ORTHANC_IMAGE = "orthancteam/orthanc:26.7.0"
 OLDEST_POSTGRES = 15
 
 _START_SECONDS = 60.0

@@ -99,6 +99,10 @@ class PatientAccess:
         )
         return replace(subject, **more)
 
+    async def release(self) -> None:
+        """End the reading so far: no database connection is held while Orthanc is asked."""
+        await self.session.commit()
+
     async def done(self, **more: Any) -> None:
         """Add what was done to the transaction: the change and its record stand together."""
         await AuditTrail.add(self.session, self.entry(Outcome.DONE, **more))
@@ -348,6 +352,8 @@ def refuse_ignored_parameters(request: Request) -> None:
             raise Unprocessable(f"This address does not know the parameter `{shown}`; {takes}.")
         if given.count(name) > 1:
             raise Unprocessable(f"`{shown}` is given more than once.")
+        if not value.isprintable():
+            raise Unprocessable(f"`{shown}` holds control characters.")
         if not value:
             raise Unprocessable(f"`{shown}` is empty; leave it out to not filter by it.")
 

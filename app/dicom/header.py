@@ -1,6 +1,7 @@
 """What identifies a file: whose it is, which study, series and instance, and how to list it."""
 
 import re
+import unicodedata
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import BinaryIO
@@ -12,9 +13,10 @@ from .charset import Charset
 from .nested import Item, has_items, read_items, value_bytes
 from .scan import Scan
 from .tags import CHARACTER_SET
-from .values import PatientIdentifier, parse_date, parse_short_text, parse_uid, quoted
+from .values import PatientIdentifier, parse_date, parse_short_text, parse_uid
 
 _LONGEST_VALUE = 1024  # bytes; the longest legal value here is a PN of 3 x 64 characters
+_LONGEST_CHARACTER = 8  # bytes, with an escape sequence
 _LONGEST_ISSUER = 8192  # bytes of IssuerOfAccessionNumberSequence
 _LOCAL_NAMESPACE = 0x00400031
 _UNIVERSAL_ENTITY = 0x00400032
@@ -27,7 +29,9 @@ class Header:
     """The identifying and describing attributes of one instance.
 
     Text is decoded, without padding; "" where the attribute is absent or empty. Of several
-    values, a describing attribute keeps all, joined by a backslash.
+    values, a describing attribute keeps all, joined by a backslash. A describing attribute, which
+    has no say in whose the file is, is made fit to be kept: control characters become U+FFFD, and
+    of an absurdly long value the first 1024 bytes are kept. The file is left as it is.
     """
 
     transfer_syntax_uid: str
@@ -101,8 +105,8 @@ class _Reader:
             series_number=self.number("SeriesNumber"),
             series_description=self.text("SeriesDescription"),
             instance_number=self.number("InstanceNumber"),
-            number_of_frames=self.frames(),
-            specific_character_set="\\".join(self.charset.terms),
+            number_of_frames=self.scan.frames,
+            specific_character_set=_shown("\\".join(self.charset.terms)),
             meta_agrees=self.meta_agrees(),
         )
         if self.problems:
@@ -134,8 +138,26 @@ class _Reader:
         return value_bytes(self.file, self.scan, element).rstrip(b"\0 ")
 
     def text(self, keyword: str, vr: str = "LO") -> str:
-        """A value for people to read: bytes outside the character set become U+FFFD."""
-        return self.charset.decode_loosely(self.raw(keyword), vr).strip(" ")
+        """A value for people to read: bytes outside the character set, and control characters,
+        become U+FFFD."""
+        element = self.scan.element(tag_for_keyword(keyword) or 0)
+        if element is None or element.end - element.value <= _LONGEST_VALUE:
+            raw = self.raw(keyword)
+        else:
+            cut = element._replace(end=element.value + _LONGEST_VALUE)
+            raw = self.whole_characters(value_bytes(self.file, self.scan, cut), vr)
+        return _shown(self.charset.decode_loosely(raw, vr).strip(" "))
+
+    def whole_characters(self, raw: bytes, vr: str) -> bytes:
+        """The value, cut anywhere, without the part of a character that it may end with."""
+        for less in range(_LONGEST_CHARACTER):
+            part = raw[: len(raw) - less]
+            try:
+                self.charset.decode(part, vr)
+            except ValueError:
+                continue
+            return part
+        return raw
 
     def exact(self, keyword: str) -> str:
         """A value that identifies: it must decode; "" with a problem noted if not."""
@@ -207,20 +229,19 @@ class _Reader:
         raws = {number: raw for number, _, raw, _ in item if isinstance(raw, bytes)}
         own = raws.get(CHARACTER_SET)
         charset = self.charset if own is None else Charset.of(own)
-        return charset.decode_loosely(raws.get(tag, b"").rstrip(b"\0 ")).strip(" ")
+        return _shown(charset.decode_loosely(raws.get(tag, b"").rstrip(b"\0 ")).strip(" "))
 
     def number(self, keyword: str) -> int | None:
         text = self.text(keyword)
-        return int(text) if _WHOLE_NUMBER.fullmatch(text) else None
+        number = int(text) if _WHOLE_NUMBER.fullmatch(text) else None
+        return number if number is None or -(2**31) <= number < 2**31 else None  # PS3.5 6.2, IS
 
-    def frames(self) -> int:
-        text = self.text("NumberOfFrames")
-        if not text:
-            return 1
-        count = int(text) if _WHOLE_NUMBER.fullmatch(text) else 0
-        if count < 1:
-            self.problem("NumberOfFrames", f"is {quoted(text)}, not a number of frames")
-        return count
+
+def _shown(text: str) -> str:
+    """Without control characters: no database holds U+0000, and no list should show the rest."""
+    if text.isprintable():
+        return text
+    return "".join("\ufffd" if unicodedata.category(c) in ("Cc", "Cs") else c for c in text)
 
 
 def _date(text: str) -> str:

@@ -174,7 +174,7 @@ def _has_unexplained_text(source: BinaryIO, scan: Scan, replaced: set[int]) -> b
             found = not all(chunk.isascii() for chunk in _range(file, value, end))
 
     end = scan.elements[-1].end if scan.elements else scan.start
-    Walker(file, end, _NO_LIMIT, _NO_LIMIT, visit).dataset(
+    Walker(file, end, _NO_LIMIT, _NO_LIMIT, _NO_LIMIT, visit).dataset(
         scan.start, end, implicit=scan.implicit, little=scan.little_endian
     )
     return found

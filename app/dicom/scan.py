@@ -1,8 +1,8 @@
 """The bounded first look at a file: no other parser sees it before this one has passed it.
 
 A 2.9 KB file with 48 nested sequences crashes Orthanc 1.10, and 300 overflow pydicom's stack.
-So `scan` checks size, sequence depth and element count by reading headers only, in memory that
-does not grow with the file. It is strict where parsers would read different things (unknown VRs,
+So `scan` checks size, sequence depth and the numbers of elements, items and frames by reading
+headers and a few numbers only, in memory that does not grow with the file. It is strict where parsers would read different things (unknown VRs,
 wrong lengths, doubled identifiers): what one of them sees, all see.
 
 After the dataset, zeros in a multiple of 8 bytes are padding, as Orthanc has it; anything else
@@ -19,10 +19,12 @@ from typing import BinaryIO, Self, cast
 
 from ..errors import MalformedDicom, TooLarge
 from .meta import Element, Meta, read_meta, syntax
-from .tags import IDENTIFYING_TAGS, name
+from .pixels import check_pixels
+from .tags import SINGLE_TAGS, name
 from .walk import Walker
 
 _CHUNK = 65536
+_FREE_INFLATION = 16 * 1024 * 1024
 
 
 @dataclass(frozen=True)
@@ -33,6 +35,9 @@ class Limits:
     max_bytes: int
     max_depth: int = 16
     max_elements: int = 500_000
+    max_items: int = 20_000  # of one sequence: Orthanc's time grows with their square
+    max_frame_bytes: int = 512 * 1024 * 1024  # uncompressed
+    max_deflate_ratio: int = 200  # beyond the first 16 MiB
 
 
 @dataclass(frozen=True)
@@ -50,6 +55,8 @@ class Scan:
     in_order: bool  # tags ascend, as PS3.5 7.1 asks
     element_count: int  # at all levels, with items and fragments
     depth: int  # of the deepest sequence; 0 if there is none
+    frames: int  # NumberOfFrames, which fits the pixel data; 1 if absent
+    fragments: int | None  # of PixelData, without its offset table; None: not encapsulated
     inflated: BinaryIO | None = None  # the inflated dataset alone, of a deflated file
     _by_tag: dict[int, Element] = field(init=False, repr=False, compare=False)
 
@@ -99,7 +106,7 @@ def scan(file: BinaryIO, limits: Limits, *, spool_dir: Path | str | None = None)
         return _walk(file, meta.end, size, meta, limits)
     inflated = cast(BinaryIO, TemporaryFile(dir=spool_dir))  # noqa: SIM115 - the Scan owns it
     try:
-        inflate(file, meta.end, inflated, limits.max_bytes)
+        inflate(file, meta.end, inflated, limits.max_bytes, limits.max_deflate_ratio)
         return _walk(inflated, 0, inflated.tell(), meta, limits, inflated)
     except MalformedDicom as error:
         inflated.close()
@@ -111,16 +118,20 @@ def scan(file: BinaryIO, limits: Limits, *, spool_dir: Path | str | None = None)
         raise
 
 
-def inflate(source: BinaryIO, start: int, target: BinaryIO, max_bytes: int) -> None:
+def inflate(source: BinaryIO, start: int, target: BinaryIO, max_bytes: int, max_ratio: int) -> None:
     """Write what the deflated stream (RFC 1951, PS3.5 A.5) from `start` on holds to `target`.
 
-    Raises MalformedDicom if it is cut or broken, TooLarge beyond `max_bytes`.
+    Raises MalformedDicom if it is cut or broken, TooLarge beyond `max_bytes`, and beyond 16 MiB if
+    that is more than `max_ratio` times what was read.
     """
     source.seek(start)
     inflater = zlib.decompressobj(-zlib.MAX_WBITS)
-    written = checksum = 0
+    written = checksum = taken = 0
     while not inflater.eof:
-        packed = inflater.unconsumed_tail or source.read(_CHUNK)
+        packed = inflater.unconsumed_tail
+        if not packed:
+            packed = source.read(_CHUNK)
+            taken += len(packed)
         try:
             plain = inflater.decompress(packed, _CHUNK)
         except zlib.error:
@@ -130,6 +141,11 @@ def inflate(source: BinaryIO, start: int, target: BinaryIO, max_bytes: int) -> N
         written += len(plain)
         if written > max_bytes:
             raise TooLarge(f"The deflated dataset inflates beyond the limit of {max_bytes} bytes.")
+        used = taken - len(inflater.unconsumed_tail) - len(inflater.unused_data)
+        if written > _FREE_INFLATION and written > max_ratio * used:
+            raise TooLarge(
+                f"The deflated dataset inflates to more than {max_ratio} times its size."
+            )
         target.write(plain)
         checksum = zlib.crc32(plain, checksum)
     # Besides padding, some writers leave the trailer of a gzip file (RFC 1952).
@@ -151,7 +167,7 @@ def _walk(
     inflated: BinaryIO | None = None,
 ) -> Scan:
     encoding = syntax(meta.transfer_syntax_uid)
-    walker = Walker(file, end, limits.max_depth, limits.max_elements)
+    walker = Walker(file, end, limits.max_depth, limits.max_elements, limits.max_items)
     rows = walker.dataset(start, end, implicit=encoding.implicit, little=encoding.little_endian)
     in_order, previous, seen = True, -1, set()
     for tag, _, header, _, _ in rows:
@@ -162,7 +178,7 @@ def _walk(
                 f"The DICOM file is malformed: {name(tag)} of the file meta information is in "
                 f"the dataset, at byte {header}."
             )
-        if tag in IDENTIFYING_TAGS:
+        if tag in SINGLE_TAGS:
             # pydicom takes the last one, DCMTK and Orthanc the first.
             if tag in seen:
                 raise MalformedDicom(
@@ -171,14 +187,25 @@ def _walk(
                 )
             seen.add(tag)
         previous = tag
+    elements = tuple(map(Element._make, rows))
+    frames = check_pixels(
+        file,
+        {element.tag: element for element in reversed(elements)},
+        syntax_uid=meta.transfer_syntax_uid,
+        little=encoding.little_endian,
+        fragments=walker.fragments,
+        max_frame_bytes=limits.max_frame_bytes,
+    )
     return Scan(
         meta=meta,
         implicit=encoding.implicit,
         little_endian=encoding.little_endian,
         start=start,
-        elements=tuple(map(Element._make, rows)),
+        elements=elements,
         in_order=in_order,
         element_count=walker.elements + len(meta.elements),
         depth=walker.deepest,
+        frames=frames,
+        fragments=walker.fragments,
         inflated=inflated,
     )

@@ -9,6 +9,13 @@ ITEM = 0xFFFEE000  # PS3.5 7.5
 ITEM_END = 0xFFFEE00D
 SEQUENCE_END = 0xFFFEE0DD
 PIXEL_DATA = 0x7FE00010
+PIXEL_TAGS = (PIXEL_DATA, 0x7FE00008, 0x7FE00009)  # and FloatPixelData, DoubleFloatPixelData
+SAMPLES_PER_PIXEL = 0x00280002
+PHOTOMETRIC_INTERPRETATION = 0x00280004
+NUMBER_OF_FRAMES = 0x00280008
+ROWS = 0x00280010
+COLUMNS = 0x00280011
+BITS_ALLOCATED = 0x00280100
 CHARACTER_SET = 0x00080005
 SOP_CLASS_UID = 0x00080016
 SOP_INSTANCE_UID = 0x00080018
@@ -66,8 +73,11 @@ def name(tag: int) -> str:
     return f"{keyword} {numbers}" if keyword else numbers
 
 
-# What says whose images these are. A second one at the top level is refused: see scan.
-IDENTIFYING_TAGS = frozenset(
+# What says whose images these are, and how their pixels are to be read. A second one at the top
+# level is refused: see scan.
+SINGLE_TAGS = frozenset(
+    {*PIXEL_TAGS, SAMPLES_PER_PIXEL, PHOTOMETRIC_INTERPRETATION, ROWS, COLUMNS, BITS_ALLOCATED}
+) | frozenset(
     tag_for_keyword(keyword)
     for keyword in (
         *("SpecificCharacterSet", "SOPClassUID", "SOPInstanceUID", "StudyInstanceUID"),

@@ -20,6 +20,7 @@ from .tags import (
     SEQUENCE_END,
     SHORT_VRS,
     VR_OF_TAG,
+    meant_vr,
     name,
     other_vr,
 )
@@ -27,6 +28,14 @@ from .tags import (
 UNDEFINED = 0xFFFFFFFF
 # A dataset has a few hundred elements at its top level; the table of them is kept in memory.
 MOST_TOP_LEVEL = 20_000
+# Parsers hold text and numbers in memory, often several times. Values up to 64 KiB, all that the
+# short VRs of explicit VR can hold, are bounded by max_elements alone.
+MOST_OF_A_VALUE = 16 * 1024 * 1024
+MOST_OF_LONG_VALUES = 64 * 1024 * 1024
+_LONG_VALUE = 65536
+_BULK_VRS = frozenset(
+    {"OB", "OW", "OF", "OD", "OL", "OV", "UN", "SQ", "OB or OW", "US or OW", "US or SS or OW"}
+)
 _DATASET, _SEQUENCE, _FRAGMENTS = range(3)
 _STRICT, _GUESS_IMPLICIT, _GUESS_SWITCHING = range(3)
 _ITEM_MARKS = frozenset({b"\xfe\xff\x00\xe0", b"\xff\xfe\xe0\x00"})  # little, big endian
@@ -66,7 +75,8 @@ class Walker:
     """One walk over `file`, whose size is `size` bytes.
 
     `elements` and `deepest` are running totals over all datasets walked, guesses included: a
-    sequence in the dataset is at depth 1, one in an item of that at 2. `visit(tag, vr, value, end)`
+    sequence in the dataset is at depth 1, one in an item of that at 2. `fragments` is how many
+    the top-level PixelData has behind its offset table, None if it is not encapsulated. `visit(tag, vr, value, end)`
     is called for each element that holds no items, at any depth, outside guesses.
     """
 
@@ -76,15 +86,21 @@ class Walker:
         size: int,
         max_depth: int,
         max_elements: int,
+        max_items: int,
         visit: Callable[[int, str, int, int], None] | None = None,
     ) -> None:
         self.file: Final = file
         self.size: Final = size
         self.max_depth: Final = max_depth
         self.max_elements: Final = max_elements
+        self.max_items: Final = max_items
         self.visit: Final = visit
         self.elements = 0
         self.deepest = 0
+        self.fragments: int | None = None
+        self._elements_before = 0  # the top-level PixelData and its fragments
+        self._long_values = 0  # bytes
+        self._items: dict[int, int] = {}  # so far, of the sequence that is this high in the stack
         self._file_implicit = False
         self._position = 0
         self._stack: list[_Frame] = []
@@ -113,7 +129,7 @@ class Walker:
     def _walk(self) -> None:
         """Go on from the stack until it is empty. Hot: everything in it is a local name."""
         file, size, visit, stack, rows = self.file, self.size, self.visit, self._stack, self._rows
-        max_elements = self.max_elements
+        max_elements, max_items, items = self.max_elements, self.max_items, self._items
         short_vr, long_vr, vr_of_tag = SHORT_VRS.get, LONG_VRS.get, VR_OF_TAG.get
         kind, end, defined, implicit, little, mode, _ = stack[-1]
         unpack = (_IMPLICIT if implicit or kind != _DATASET else _EXPLICIT)[little]
@@ -195,6 +211,9 @@ class Walker:
                 if length == UNDEFINED:
                     inner = self._undefined(tag, vr, implicit, position)
                     self._note_depth(inner)
+                    if len(stack) == 1:
+                        self._elements_before = self.elements
+                    items[len(stack)] = 0
                     if vr == "UN" and not implicit and mode == _STRICT:
                         implicit, little = True, True  # PS3.5 6.2.2
                     stack.append(_Frame(inner, end, False, implicit, little, mode, tag))
@@ -205,9 +224,12 @@ class Walker:
                 if stop > end:
                     raise _StructureError(self._lying(tag, position, length, end))
                 if length >= 8:
+                    if length > _LONG_VALUE:
+                        self._note_long_value(tag, vr, position, length)
                     first = at + value - position
                     if vr == "SQ":
                         self._note_depth(_SEQUENCE)
+                        items[len(stack)] = 0
                         stack.append(_Frame(_SEQUENCE, stop, True, implicit, little, mode, tag))
                         kind, end, defined, unpack = _SEQUENCE, stop, True, _IMPLICIT[little]
                         position = value
@@ -244,6 +266,13 @@ class Walker:
                     raise _StructureError(f"a fragment of undefined length at byte {position}")
                 else:
                     stop = end
+                height = len(stack) - 1
+                items[height] += 1
+                if items[height] > max_items:
+                    raise MalformedDicom(
+                        f"The DICOM file has a sequence of more than {max_items} items: "
+                        f"{name(stack[-1].tag)}."
+                    )
                 defined = length != UNDEFINED
                 if stop - value >= 8:
                     if mode == _GUESS_SWITCHING:
@@ -265,10 +294,13 @@ class Walker:
                 self._must_be_empty(tag, buffer, at, little, position)
                 position = value
                 if not defined:
-                    stack.pop()
+                    ended = stack.pop()
                     kind, end, defined, implicit, little, mode, _ = stack[-1]
                     unpack = (_IMPLICIT if implicit else _EXPLICIT)[little]
                     if len(stack) == 1:
+                        if ended.kind == _FRAGMENTS and ended.tag == PIXEL_DATA:
+                            # Neither the offset table nor the delimiter is a fragment.
+                            self.fragments = max(0, self.elements - self._elements_before - 2)
                         rows[-1] = (*rows[-1][:4], position)
             else:
                 raise _StructureError(f"{name(tag)} at byte {position} where an item should begin")
@@ -290,6 +322,17 @@ class Walker:
                 )
             self.deepest = max(self.deepest, depth)
 
+    def _note_long_value(self, tag: int, vr: str, position: int, length: int) -> None:
+        if meant_vr(tag, vr) in _BULK_VRS:
+            return
+        self._long_values += length
+        if length > MOST_OF_A_VALUE or self._long_values > MOST_OF_LONG_VALUES:
+            which = f"{name(tag)} at byte {position} of VR {vr} is {length} bytes long"
+            raise MalformedDicom(
+                f"The DICOM file is malformed: {which}; the limit is {MOST_OF_A_VALUE} bytes, and "
+                f"{MOST_OF_LONG_VALUES} for all values beyond {_LONG_VALUE}."
+            )
+
     def _begin_guess(self, tag: int, start: int, end: int, little: bool, mode: int) -> None:
         """Walk a value as if it were a sequence: in implicit VR, and in an explicit file once
         more as pydicom reads it. A guess within a guess stays in its encoding."""
@@ -297,6 +340,7 @@ class Walker:
         once_more = mode == _STRICT and not self._file_implicit
         implicit = self._stack[-1].implicit if mode == _GUESS_SWITCHING else True
         mode = mode or _GUESS_IMPLICIT
+        self._items[len(self._stack)] = 0
         self._guesses.append(_Guess(len(self._stack), start, end, little, once_more))
         self._stack.append(_Frame(_SEQUENCE, end, True, implicit, little, mode, tag))
 
@@ -307,6 +351,7 @@ class Walker:
         del self._stack[guess.height :]
         self._position = guess.end
         if guess.once_more:
+            self._items[guess.height] = 0
             self._guesses.append(guess._replace(once_more=False))
             self._stack.append(first._replace(implicit=False, mode=_GUESS_SWITCHING))
             self._position = guess.start

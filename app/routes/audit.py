@@ -6,7 +6,7 @@ from typing import Annotated, Any
 from uuid import UUID
 
 from fastapi import Depends, Query, Request, Response
-from pydantic import AwareDatetime, BaseModel
+from pydantic import BaseModel
 from sqlmodel import col, select
 
 from app.access import Caller, RoleAccess
@@ -14,6 +14,7 @@ from app.audit import Action, Outcome
 from app.errors import Unprocessable
 from app.models import AuditRecord
 from app.routes.paging import Cursor, Limit, link_next, read_cursor
+from app.routes.times import UtcTime
 from app.routing import AccessRouter
 
 router = AccessRouter(prefix="/api/v1/audit", tags=["audit"])
@@ -60,8 +61,8 @@ async def read_audit(
     actor: Annotated[str, Query(max_length=255)] = "",
     action: Action | None = None,
     outcome: Outcome | None = None,
-    time_from: Annotated[AwareDatetime | None, Query(alias="from")] = None,
-    time_to: Annotated[AwareDatetime | None, Query(alias="to")] = None,
+    time_from: Annotated[UtcTime | None, Query(alias="from")] = None,
+    time_to: Annotated[UtcTime | None, Query(alias="to")] = None,
     limit: Limit = 50,
     cursor: Cursor = "",
 ) -> list[AuditOut]:

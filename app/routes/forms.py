@@ -45,18 +45,25 @@ async def multipart_form(
             yield chunk
 
     parser = MultiPartParser(request.headers, bounded(), max_files=max_files, max_fields=20)
+    # What stays in memory of each file: of many, little.
+    parser.spool_max_size = MEBIBYTE // max_files
     try:
-        form = await parser.parse()
-    except (MultiPartException, KeyError) as error:
+        yield await _parsed(parser)
+    finally:
+        # All of them: a file whose part broke off is in no form.
+        for file in parser._files_to_close_on_error:
+            file.close()
+
+
+async def _parsed(parser: MultiPartParser) -> FormData:
+    try:
+        return await parser.parse()
+    except (MultiPartException, KeyError, ValueError) as error:
         raise Unprocessable(
             "The multipart body can't be read: " + getattr(error, "message", "no boundary.")
         ) from error
     except ClientDisconnect as error:
         raise Unprocessable("The upload broke off before its end. Nothing was stored.") from error
-    try:
-        yield form
-    finally:
-        await form.close()
 
 
 def files_of(form: FormData, name: str) -> list[UploadFile]:

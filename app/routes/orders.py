@@ -7,7 +7,7 @@ from uuid import UUID
 
 import sqlalchemy as sa
 from fastapi import Depends, Query, Request, Response
-from pydantic import AwareDatetime, BaseModel, Field, field_validator
+from pydantic import BaseModel, Field, field_validator
 from sqlmodel import col, select
 
 from app.access import Caller, Grant, PatientAccess, RoleAccess, Subject, Visible, VisiblePatients
@@ -18,6 +18,7 @@ from app.errors import Conflict, Unprocessable
 from app.linking import order_studies
 from app.models import Order, OrderStatus, Patient
 from app.routes.paging import Cursor, Limit, link_next, uuid_cursor
+from app.routes.times import UtcTime
 from app.routing import AccessRouter
 from app.viewer import Viewer
 
@@ -53,11 +54,11 @@ class NewOrder(BaseModel):
     status: OrderStatus = OrderStatus.SCHEDULED
     accession_number: ShortText = Field(default="", description="Made if absent.")
     accession_issuer: LongText = ""
-    scheduled_at: AwareDatetime | None = None
+    scheduled_at: UtcTime | None = None
     station_ae_title: ShortText = ""
     requested_by: Sub | None = Field(default=None, description="`sub` of who requested it.")
     attending: Sub | None = Field(default=None, description="`sub` of who attends it.")
-    site: str = Field(default="", max_length=64, description="Empty: the configured site.")
+    site: LongText = Field(default="", description="Empty: the configured site.")
 
     @field_validator(
         "order_category",
@@ -84,7 +85,7 @@ class OrderChange(BaseModel):
     status: OrderStatus | None = None
     description: LongText | None = None
     order_category: CodeText | None = None
-    scheduled_at: AwareDatetime | None = None
+    scheduled_at: UtcTime | None = None
     station_ae_title: ShortText | None = None
     requested_by: Sub | None = None
     attending: Sub | None = None

@@ -19,9 +19,12 @@ Cursor = Annotated[
 def read_cursor(cursor: str) -> str:
     """The key that the page before ended with; empty at the start. Raises Unprocessable."""
     try:
-        return base64.b64decode(cursor.encode("ascii"), altchars=b"-_", validate=True).decode()
+        key = base64.b64decode(cursor.encode("ascii"), altchars=b"-_", validate=True).decode()
     except (binascii.Error, UnicodeError) as error:
         raise Unprocessable("`cursor` is not one that this API gave.") from error
+    if not key.isprintable():
+        raise Unprocessable("`cursor` is not one that this API gave.")
+    return key
 
 
 def uuid_cursor(cursor: str) -> UUID:

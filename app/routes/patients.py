@@ -6,7 +6,7 @@ from uuid import UUID
 
 import sqlalchemy as sa
 from fastapi import Depends, Path, Query, Request, Response
-from pydantic import AwareDatetime, BaseModel, Field, field_validator, model_validator
+from pydantic import BaseModel, Field, field_validator, model_validator
 from sqlmodel import col, select
 
 from app.access import Caller, Grant, PatientAccess, RoleAccess, Subject, Visible, VisiblePatients
@@ -15,6 +15,7 @@ from app.dicom import PatientIdentifier, person_name
 from app.errors import Conflict
 from app.models import CareTeamMember, Patient
 from app.routes.paging import Cursor, Limit, link_next, uuid_cursor
+from app.routes.times import UtcTime
 from app.routing import AccessRouter
 
 router = AccessRouter(prefix="/api/v1/patients", tags=["patients"])
@@ -78,8 +79,13 @@ class PatientOut(BaseModel):
 
 
 class NewMember(BaseModel):
-    role: str = Field(default="", max_length=64, description="For people to read; no meaning here.")
-    expires_at: AwareDatetime | None = None
+    role: str = Field(
+        default="",
+        max_length=64,
+        pattern=r"^[^\x00-\x1f\x7f]*$",
+        description="For people to read; no meaning here.",
+    )
+    expires_at: UtcTime | None = None
 
 
 class MemberOut(BaseModel):

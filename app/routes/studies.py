@@ -184,9 +184,12 @@ async def delete_study(
     assert access.study is not None
     if len(reason.strip()) < 3:
         raise Unprocessable("`reason` must say why the study is deleted.")
+    await access.release()
     await orthanc.delete_study(access.study.orthanc_id)
     ended = await viewer.end_study_sessions(access)
     gone = await linking.forget_study(access)
+    # What an upload brought in meanwhile; one that comes later finds the study gone, and waits.
+    await orthanc.delete_study(access.study.orthanc_id)
     await access.done(
         detail={
             "reason": reason.strip(),

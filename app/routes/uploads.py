@@ -1,6 +1,7 @@
 """Files that come in: upload, upload-multiple, read-tags, modify-tags."""
 
 import json
+import logging
 from collections.abc import Iterator
 from tempfile import TemporaryFile
 from typing import Annotated, Any, BinaryIO
@@ -34,6 +35,8 @@ ModifyTags = Annotated[RoleAccess, Depends(Caller(Action.TAGS_MODIFY), scope="fu
 
 CHUNK_BYTES = 256 * 1024
 MAX_FILES = 2000
+
+logger = logging.getLogger(__name__)
 
 _TARGET_FIELDS: dict[str, Any] = {
     "order_id": {"type": "string", "format": "uuid"},
@@ -234,6 +237,10 @@ async def _take(
             receipt = await intake.take(each, file, target)
     except LightboxError as error:
         return _failed(name, error)
+    except Exception:
+        # Not foreseen; the files before it are stored, and their sender must learn that.
+        logger.exception("a file of many could not be taken in")
+        return _failed(name, LightboxError("Lightbox failed at this file; it was not linked."))
     return FileResult(filename=name, **Uploaded.of(receipt).model_dump())
 
 

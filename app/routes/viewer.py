@@ -15,6 +15,7 @@ from app.audit import Action
 from app.dicom import parse_uid
 from app.errors import Conflict, LightboxError, Unprocessable
 from app.linking import StudySummary
+from app.models import OrderStatus
 from app.routes.studies import StudyUid
 from app.routing import AccessRouter
 from app.settings import Settings
@@ -73,7 +74,10 @@ async def link_to_study(
 
 @router.get("/api/v1/dicom/viewer/url/order/{order_id}")
 async def link_to_order(access: ViewOrder, order_id: UUID, request: Request) -> ViewerLink:
-    """A link that opens the studies of an order. 404 while there are no images."""
+    """A link that opens the studies of an order. 404 while there are no images, 409 once the order
+    is cancelled."""
+    if access.order is not None and access.order.status == OrderStatus.CANCELLED:
+        raise Conflict("The order is cancelled; open its images by study or patient instead.")
     opened = await linking.studies_of(access)
     return await _link(request, access, opened, await linking.patient_studies_of(access))
 
@@ -94,8 +98,8 @@ async def viewer_root(request: Request) -> Response:
 @router.get("/viewer", dependencies=[A_PAGE], response_class=HTMLResponse)
 async def open_viewer(
     request: Request,
-    launch: Annotated[str, Query(max_length=128)] = "",
-    ctx: Annotated[str, Query(max_length=64)] = "",
+    launch: str = "",
+    ctx: str = "",
 ) -> Response:
     """Trade a one-time code for a cookie and a clean URL; then serve OHIF at that URL."""
     viewer: Viewer = request.app.state.viewer

@@ -114,6 +114,7 @@ class Viewer:
                 "There are no images yet: nothing has been stored for this "
                 f"{'order' if access.order else 'patient'}."
             )
+        await access.release()
         for summary in opened:
             await self._orthanc.refuse_shared(
                 summary.study.study_instance_uid, summary.study.orthanc_id

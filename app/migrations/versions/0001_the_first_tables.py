@@ -254,6 +254,12 @@ def _forbid_changes(table: str) -> None:
             "FOR EACH STATEMENT EXECUTE FUNCTION refuse_change()"
         )
         return
+    # REPLACE deletes a row without asking the triggers for that.
+    op.execute(
+        f"CREATE TRIGGER {table}_no_replace BEFORE INSERT ON {table} "  # noqa: S608
+        f"WHEN NEW.id IN (SELECT id FROM {table}) "
+        "BEGIN SELECT RAISE(ABORT, 'audit records are never changed'); END"
+    )
     for event in ("UPDATE", "DELETE"):
         op.execute(
             f"CREATE TRIGGER {table}_no_{event.lower()} BEFORE {event} ON {table} "

@@ -1,0 +1,159 @@
+"""What is known of a stored file: its study, series, instance, and the orders it answers."""
+
+from typing import Any
+
+from sqlmodel import select
+
+from app.access import PatientAccess
+from app.db import insert_if_absent
+from app.dicom import Header
+from app.errors import Conflict
+from app.intake.identity import Differences
+from app.models import Instance, Order, OrderStudy, Patient, Series, Study
+from app.orthanc import Stored
+
+
+def patient_id_of(header: Header) -> str:
+    """PatientID (0010,0020) as Orthanc hashes it; empty where the file has none."""
+    return header.patient.value if header.patient else ""
+
+
+async def is_ambiguous(access: PatientAccess) -> bool:
+    """Is the patient's number also somebody else's, by another issuer?"""
+    patient = access.patient
+    others = select(Patient.id).where(Patient.mrn == patient.mrn, Patient.id != patient.id)
+    return (await access.session.exec(others.limit(1))).first() is not None
+
+
+async def planned_for_another_order(access: PatientAccess, study_instance_uid: str) -> bool:
+    """Was the study planned for another order of the patient than the one named?"""
+    planned = select(Order).where(
+        Order.planned_study_instance_uid == study_instance_uid,
+        Order.patient_id == access.patient.id,
+    )
+    order = (await access.session.exec(planned)).first()
+    return order is not None and access.order is not None and order.id != access.order.id
+
+
+async def refuse_taken_uids(access: PatientAccess, header: Header, digest: str) -> bool:
+    """One owner a UID, as far as our own tables know. Is this very file linked already?
+
+    Raises Conflict.
+    """
+    session, patient = access.session, access.patient
+    uid = header.study_instance_uid
+    study = await session.get(Study, uid)
+    planned = (
+        await session.exec(select(Order).where(Order.planned_study_instance_uid == uid))
+    ).first()
+    series = await session.get(Series, header.series_instance_uid)
+    if (
+        (study is not None and study.patient_id != patient.id)
+        or (planned is not None and planned.patient_id != patient.id)
+        or (series is not None and series.study_instance_uid != uid)
+    ):
+        # Never say whose: that is another patient's data.
+        raise Conflict(
+            "The file's StudyInstanceUID or SeriesInstanceUID already belongs to another "
+            "patient or study. Nothing was stored. If the images really are this patient's, "
+            "they need new UIDs."
+        )
+    instance = await session.get(Instance, header.sop_instance_uid)
+    if instance is not None and (
+        instance.study_instance_uid != uid
+        or instance.series_instance_uid != header.series_instance_uid
+        or instance.received_sha256 != digest
+    ):
+        raise Conflict(
+            "The file's SOPInstanceUID is already stored with other content. Nothing was "
+            "stored. A changed image needs a SOPInstanceUID of its own (PS3.3 C.12.1.1)."
+        )
+    return instance is not None
+
+
+async def link(
+    access: PatientAccess,
+    header: Header,
+    stored: Stored,
+    digest: str,
+    differences: Differences,
+) -> None:
+    """Write study, series, instance, link and record. Raises Conflict if another was faster."""
+    session, uid = access.session, header.study_instance_uid
+    await session.exec(
+        insert_if_absent(
+            session,
+            Study,
+            study_instance_uid=uid,
+            patient_id=access.patient.id,
+            orthanc_id=stored.study_id,
+            dicom_patient_id=patient_id_of(header),
+            patient_name=header.patient_name,
+            patient_birth_date=header.patient_birth_date,
+            patient_sex=header.patient_sex,
+            study_date=header.study_date,
+            study_time=header.study_time,
+            study_description=header.study_description,
+            accession_number=header.accession_number,
+        )
+    )
+    await session.exec(
+        insert_if_absent(
+            session,
+            Series,
+            series_instance_uid=header.series_instance_uid,
+            study_instance_uid=uid,
+            modality=header.modality,
+            series_number=header.series_number,
+            series_description=header.series_description,
+        )
+    )
+    await session.exec(
+        insert_if_absent(
+            session,
+            Instance,
+            sop_instance_uid=header.sop_instance_uid,
+            series_instance_uid=header.series_instance_uid,
+            study_instance_uid=uid,
+            orthanc_id=stored.instance_id,
+            sop_class_uid=header.sop_class_uid,
+            transfer_syntax_uid=header.transfer_syntax_uid,
+            number_of_frames=header.number_of_frames,
+            received_sha256=digest,
+            received_by=access.principal.sub,
+        )
+    )
+    study = await session.get(Study, uid, populate_existing=True)
+    series = await session.get(Series, header.series_instance_uid, populate_existing=True)
+    instance = await session.get(Instance, header.sop_instance_uid, populate_existing=True)
+    if (
+        study is None
+        or series is None
+        or instance is None
+        or study.patient_id != access.patient.id
+        or series.study_instance_uid != uid
+        or instance.orthanc_id != stored.instance_id
+        or instance.received_sha256 != digest
+    ):
+        raise Conflict(
+            "The same UIDs were stored with other content, or for another patient or study, "
+            "at the same moment. Nothing was kept of this file."
+        )
+    if access.order is not None:
+        await session.exec(
+            insert_if_absent(
+                session,
+                OrderStudy,
+                order_id=access.order.id,
+                study_instance_uid=uid,
+                linked_by=access.principal.sub,
+            )
+        )
+    detail: dict[str, Any] = {
+        "sop_instance_uid": header.sop_instance_uid,
+        "received_sha256": digest,
+        "duplicate": not stored.new,
+    }
+    if differences and stored.new:
+        detail["coerced"] = differences
+    await access.done(study_instance_uid=uid, detail=detail)

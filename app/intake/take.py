@@ -1,0 +1,299 @@
+"""The order of things is the safety.
+
+Nothing parses a file before `dicom.scan` has bounded it, nothing reaches Orthanc before the
+patient agrees, and nothing is linked that Orthanc didn't take. Each file is a transaction of its
+own, committed here (the named exception to "the edge commits"): if the link can't be committed,
+what Orthanc newly stored is taken back.
+"""
+
+import hashlib
+import json
+import logging
+from contextlib import suppress
+from dataclasses import dataclass, field
+from tempfile import TemporaryFile
+from typing import BinaryIO
+from uuid import UUID
+
+import anyio.to_thread
+import sqlalchemy as sa
+from pydicom import Dataset
+from pydicom.datadict import tag_for_keyword
+from sqlmodel import col, select
+
+from app.access import Denial, PatientAccess, RoleAccess, Subject
+from app.audit import Action
+from app.dicom import Header, Limits, Scan, orthanc_id, read_header, read_tags, rewrite, scan
+from app.errors import Conflict, LightboxError, NotFound, Unprocessable
+from app.intake import identity, records
+from app.intake.identity import Differences
+from app.intake.records import patient_id_of
+from app.models import Instance, OrderStatus, Patient
+from app.orthanc import Orthanc, Stored
+from app.settings import Settings
+
+CHUNK_BYTES = 1024 * 1024
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Target:
+    """What the sender said the file belongs to. Neither: its PatientID decides."""
+
+    order_id: UUID | None = None
+    patient_id: UUID | None = None
+    coerce: bool = False
+
+
+@dataclass(frozen=True)
+class Receipt:
+    """What became of one file."""
+
+    status: str  # "uploaded" or "duplicate"
+    header: Header
+    stored: Stored
+    patient_id: UUID
+    order_id: UUID | None
+    coerced: Differences = field(default_factory=dict)
+    warnings: tuple[str, ...] = ()
+
+
+class Intake:
+    """Takes files in. One per app."""
+
+    def __init__(self, settings: Settings, orthanc: Orthanc) -> None:
+        self._settings = settings
+        self._orthanc = orthanc
+        self.limits = Limits(
+            max_bytes=settings.max_upload_bytes,
+            max_depth=settings.max_sequence_depth,
+            max_elements=settings.max_elements,
+        )
+
+    def scan(self, file: BinaryIO) -> Scan:
+        """Bound a file before anything parses it. Blocking; raises as `dicom.scan` does."""
+        return scan(file, self.limits, spool_dir=self._settings.spool_dir)
+
+    async def take(self, caller: RoleAccess, file: BinaryIO, target: Target) -> Receipt:
+        """Take one file in and link it.
+
+        Raises NotDicom, TooLarge, Unprocessable for the file; PatientMismatch, Conflict where it
+        contradicts what is known; NotFound, Forbidden for the target; OrthancUnavailable. After
+        any of them nothing is linked, and nothing is stored that wasn't before.
+        """
+        with await anyio.to_thread.run_sync(self.scan, file) as scanned:
+            header = await anyio.to_thread.run_sync(read_header, file, scanned)
+            await anyio.to_thread.run_sync(_refuse_wide_big_endian, file, scanned)
+            access = await self._admit(caller, header, target)
+            found = identity.differences(
+                access,
+                header,
+                authority=self._settings.assigning_authority,
+                ambiguous=await records.is_ambiguous(access),
+                fill=target.coerce,
+            )
+            identity.refuse_other_issuer(access, header)
+            if found and not target.coerce:
+                identity.refuse(access, header, found)
+            warnings = identity.warnings(access, header) if not found else []
+            changes = Dataset()
+            if found:
+                # A right of its own: who may upload may not therefore change identities.
+                access = await caller.admit(*_subject(access), action=Action.STUDY_COERCE)
+                if identity.names_another(found):
+                    found |= await anyio.to_thread.run_sync(_former_identity, file, scanned)
+                    warnings.append(
+                        "The identity was rewritten at the top level only: sequences, private "
+                        "elements and the pixels may still show the former one."
+                    )
+                changes, header = identity.coercion(access, header, found)
+            digest = await anyio.to_thread.run_sync(_digest, file, "sha256")
+            known = await records.refuse_taken_uids(access, header, digest)
+            if await records.planned_for_another_order(access, header.study_instance_uid):
+                warnings.append(
+                    "The StudyInstanceUID was planned for another order of this patient."
+                )
+            await access.release()
+            await self._refuse_other_owner(header)
+            if not found:
+                stored = await self._store(file, known=known)
+            else:
+                with TemporaryFile(dir=self._settings.spool_dir) as changed:
+                    await anyio.to_thread.run_sync(rewrite, file, changed, scanned, changes)
+                    stored = await self._store(changed, known=known)
+        if found and not stored.new:
+            warnings = ["The archive keeps the file as it first came; nothing was rewritten."]
+        try:
+            self._check_ids(header, stored)
+            await records.link(access, header, stored, digest, found)
+            if not await self._orthanc.holds_instance(stored.instance_id):
+                # A deletion, or the undoing of another upload, was faster.
+                raise Conflict("The study was deleted at the same moment; send the file again.")
+            await access.session.commit()
+        except BaseException as error:
+            await access.session.rollback()
+            await self._take_back(access, stored)
+            if isinstance(error, sa.exc.IntegrityError):
+                raise Conflict(
+                    "The study was changed or deleted at the same moment. Nothing was kept "
+                    "of this file; send it again."
+                ) from error
+            raise
+        return Receipt(
+            status="uploaded" if stored.new else "duplicate",
+            header=header,
+            stored=stored,
+            patient_id=access.patient.id,
+            order_id=access.order.id if access.order else None,
+            coerced=found if stored.new else {},
+            warnings=tuple(warnings),
+        )
+
+    async def _store(self, file: BinaryIO, *, known: bool) -> Stored:
+        """Store a file, or find that Orthanc has it already.
+
+        Raises Conflict where it has other bytes under the same UIDs, which it keeps, and which
+        must not be shown as this file. (A `known` file may have been coerced when it first came.)
+        """
+        md5 = await anyio.to_thread.run_sync(_digest, file, "md5")
+        size = await anyio.to_thread.run_sync(_rewind, file)
+        stored = await self._orthanc.store(file, size)
+        if stored.new or known:
+            return stored
+        if await self._orthanc.instance_md5(stored.instance_id) != md5:
+            raise Conflict(
+                "The image archive holds other content under the file's SOPInstanceUID. Nothing "
+                "was stored. A changed image needs a SOPInstanceUID of its own (PS3.3 C.12.1.1)."
+            )
+        return stored
+
+    async def _admit(self, caller: RoleAccess, header: Header, target: Target) -> PatientAccess:
+        """The access to the patient the file is for."""
+        if target.order_id is not None:
+            access = await caller.admit(Subject.ORDER, target.order_id)
+            if target.patient_id is not None and access.patient.id != target.patient_id:
+                raise Conflict("The order and the patient that were named don't belong together.")
+            if access.order is not None and access.order.status == OrderStatus.CANCELLED:
+                raise Conflict("The order is cancelled; no images can be added to it.")
+            return access
+        if target.patient_id is not None:
+            return await caller.admit(Subject.PATIENT, target.patient_id)
+        unnamed = "Name the `order_id` or the `patient_id` that the file belongs to."
+        if header.patient is None:
+            raise Unprocessable(
+                f"The file has no PatientID, and no order or patient was named. {unnamed}"
+            )
+        issuer = header.patient.issuer or self._settings.assigning_authority
+        found = (
+            await caller.session.exec(
+                select(Patient.id).where(
+                    Patient.mrn == header.patient.value, Patient.mrn_issuer == issuer
+                )
+            )
+        ).first()
+        if found is not None:
+            # A PatientID can be guessed: a patient of others is refused as an unknown one is.
+            with suppress(Denial):
+                return await caller.admit(Subject.PATIENT, found)
+        else:
+            await caller.unknown({"PatientID": str(header.patient)})
+        raise NotFound(f"No patient here has the file's PatientID {header.patient}. {unnamed}")
+
+    async def _refuse_other_owner(self, header: Header) -> None:
+        """One owner a UID, as far as the archive knows. Raises Conflict."""
+        uid = header.study_instance_uid
+        ours = orthanc_id(patient_id_of(header), uid)
+        if any(owner != ours for owner in await self._orthanc.owners(uid)):
+            raise Conflict(
+                "The image archive already holds this StudyInstanceUID under another PatientID. "
+                "Nothing was stored; a radiology administrator must decide whose it is."
+            )
+
+    def _check_ids(self, header: Header, stored: Stored) -> None:
+        """Orthanc must have filed the instance where its identifiers say, or we don't link it."""
+        parts = [patient_id_of(header), header.study_instance_uid, header.series_instance_uid]
+        expected = (
+            orthanc_id(*parts[:2]),
+            orthanc_id(*parts),
+            orthanc_id(*parts, header.sop_instance_uid),
+        )
+        if (stored.study_id, stored.series_id, stored.instance_id) != expected:
+            raise Conflict(
+                "The image archive read other identifiers in this file than Lightbox did, so it "
+                "is not safe to keep. Nothing was stored."
+            )
+
+    async def _take_back(self, access: PatientAccess, stored: Stored) -> None:
+        """Undo a store whose link failed, unless somebody else linked the instance meanwhile."""
+        if not stored.new:
+            return
+        with anyio.CancelScope(shield=True):
+            try:
+                linked = await access.session.scalar(
+                    sa.select(sa.func.count())
+                    .select_from(Instance)
+                    .where(col(Instance.orthanc_id) == stored.instance_id)
+                )
+                if not linked:
+                    await self._orthanc.delete_instance(stored.instance_id)
+            except (LightboxError, sa.exc.SQLAlchemyError):
+                # It stays in Orthanc, linked to nothing and so shown to nobody.
+                logger.error("instance %s could not be taken back", stored.instance_id)
+
+
+def _refuse_wide_big_endian(file: BinaryIO, scanned: Scan) -> None:
+    """Raises Unprocessable for big endian samples of more than 16 bits.
+
+    Orthanc 1.10 hands them out with each 16 bits swapped instead of each sample: a
+    plausible, wrong picture. Explicit VR Big Endian is retired (PS3.5 A.3); nothing is lost.
+    """
+    bits = scanned.element(tag_for_keyword("BitsAllocated") or 0)
+    if scanned.little_endian or bits is None or bits.end - bits.value != 2:
+        return
+    source = scanned.source(file)
+    source.seek(bits.value)
+    allocated = int.from_bytes(source.read(2), "big")
+    if allocated > 16:
+        raise Unprocessable(
+            f"The file is in Explicit VR Big Endian with {allocated} bits a sample, which the "
+            "image archive would show wrongly. Nothing was stored; convert it to little endian."
+        )
+
+
+def _former_identity(file: BinaryIO, scanned: Scan) -> dict[str, dict[str, str]]:
+    """What else the file says of who the patient was, to be emptied."""
+    there = [
+        keyword
+        for keyword in identity.FORMER_IDENTITY
+        if (element := scanned.element(tag_for_keyword(keyword) or 0)) is not None
+        and element.end > element.value
+    ]
+    tags = read_tags(file, scanned) if there else {}
+    return {keyword: {"file": _text(tags.get(keyword)), "expected": ""} for keyword in there}
+
+
+def _text(value: object) -> str:
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+
+
+def _subject(access: PatientAccess) -> tuple[Subject, UUID]:
+    if access.order is not None:
+        return Subject.ORDER, access.order.id
+    return Subject.PATIENT, access.patient.id
+
+
+def _digest(file: BinaryIO, algorithm: str) -> str:
+    """Of the whole file, in hexadecimal. MD5 only to compare with what Orthanc says."""
+    file.seek(0)
+    digest = hashlib.new(algorithm, usedforsecurity=False)
+    while chunk := file.read(CHUNK_BYTES):
+        digest.update(chunk)
+    return digest.hexdigest()
+
+
+def _rewind(file: BinaryIO) -> int:
+    """The file's size in bytes; leaves it at the start."""
+    size = file.seek(0, 2)
+    file.seek(0)
+    return size

@@ -1,0 +1,484 @@
+"""Every operation of OpenAPI, asked by everybody about a patient who is not theirs.
+
+Two tables say what has to come of it, written from the contract and not from `app.access`:
+RIGHTS, which caller may do what to that patient, and OPERATIONS, how each operation is asked and
+which right it needs. A route that is new in OpenAPI fails here until it has its row.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+from uuid import uuid4
+
+import httpx
+import pytest
+from starlette.routing import compile_path
+
+from app.main import create_app
+from tests.fake_orthanc import URL, FakeOrthanc
+from tests.images import ct_image
+from tests.lightbox import SECRET, Lightbox, Shared, World, make_settings, signed
+from tests.tables import outcomes, records
+
+# Claims of each caller. `treats` requested the other patient's order. The patient has a scheduled
+# imaging order at the site `main`; the callers `far` work at another.
+CALLERS: Mapping[str, Mapping[str, Any]] = {
+    "stranger": {"sub": "clinician", "roles": ["clinician"]},
+    "treats": {"sub": "other", "roles": ["clinician"]},
+    "rad": {"sub": "rita", "roles": ["radiologist"]},
+    "rad-far": {"sub": "ralf", "roles": ["radiologist"], "site": "north"},
+    "tech": {"sub": "tina", "roles": ["technologist"]},
+    "tech-far": {"sub": "tom", "roles": ["technologist"], "site": "north"},
+    "service": {"sub": "ehr", "roles": ["service"]},
+    "admin": {"sub": "ada", "roles": ["admin"]},
+    "auditor": {"sub": "otto", "roles": ["auditor"]},
+    "nobody": {"sub": "nils", "roles": []},
+}
+
+# yes: done, and recorded as granted. no: 403, recorded as denied. empty: a list that is answered,
+# recorded, and shows nothing of the patient.
+RIGHTS_TABLE = """
+                stranger treats rad   rad-far tech  tech-far service admin auditor nobody
+audit:read      no       no     no    no      no    no       no      no    yes     no
+care-team:read  no       yes    no    no      no    no       yes     no    no      no
+care-team:write no       no     no    no      no    no       yes     no    no      no
+order:create    no       no     no    no      no    no       yes     no    no      no
+order:list      empty    yes    yes   empty   yes   empty    yes     no    no      no
+order:read      no       yes    yes   no      yes   no       yes     no    no      no
+order:write     no       no     no    no      no    no       yes     no    no      no
+patient:create  no       no     no    no      no    no       yes     no    no      no
+patient:list    empty    yes    yes   empty   yes   empty    yes     no    no      no
+patient:read    no       yes    yes   no      yes   no       yes     no    no      no
+statistics:read no       no     no    no      no    no       no      yes   no      no
+study:delete    no       no     yes   no      no    no       yes     no    no      no
+study:list      empty    yes    yes   empty   yes   empty    yes     no    no      no
+study:read      no       yes    yes   no      yes   no       yes     no    no      no
+study:upload    no       no     yes   no      yes   no       yes     no    no      no
+study:view      no       yes    yes   no      yes   no       yes     no    no      no
+tags:modify     no       no     yes   yes     yes   yes      no      no    no      no
+tags:read       no       no     yes   yes     yes   yes      yes     no    no      no
+"""
+
+
+def read_rights(table: str) -> dict[str, dict[str, str]]:
+    """`{action: {caller: word}}`."""
+    head, *body = (line.split() for line in table.strip().splitlines())
+    return {action: dict(zip(head, words, strict=True)) for action, *words in body}
+
+
+RIGHTS = read_rights(RIGHTS_TABLE)
+
+Ask = Callable[[World], dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Operation:
+    """How an operation is asked about the other patient; `success` is its status when granted."""
+
+    right: str
+    success: int = 200
+    ask: Ask = lambda world: {}
+
+
+def their_file(world: World) -> bytes:
+    """Another slice of the other patient's study."""
+    return ct_image(
+        patient_id="MRN-VICTIM",
+        study_uid=world.their_study,
+        series_uid=world.their_image["series_instance_uid"],
+        PatientName="Victim^Vera",
+    )
+
+
+def new_order(world: World) -> dict[str, Any]:
+    return {"json": {"patient_id": world.theirs["id"], "order_category": "CT"}}
+
+
+def new_patient(world: World) -> dict[str, Any]:
+    person = {"first_name": "New", "last_name": "Person", "mrn": "MRN-NEW", "dob": "1990-02-03"}
+    return {"json": person}
+
+
+def upload(field: str) -> Ask:
+    def ask(world: World) -> dict[str, Any]:
+        files = {field: ("slice.dcm", their_file(world), "application/dicom")}
+        return {"files": files, "data": {"order_id": world.their_order["id"]}}
+
+    return ask
+
+
+def a_file(world: World) -> dict[str, Any]:
+    """A file that is nobody's here; the tools for tags take it in and store nothing."""
+    return {"files": {"file": ("slice.dcm", ct_image(), "application/dicom")}}
+
+
+def a_file_and_tags(world: World) -> dict[str, Any]:
+    return {**a_file(world), "data": {"tags": '{"StudyDescription": "changed"}'}}
+
+
+API = "/api/v1"
+OPERATIONS: Mapping[str, Operation] = {
+    f"POST {API}/patients": Operation("patient:create", 201, new_patient),
+    f"GET {API}/patients": Operation(
+        "patient:list", ask=lambda world: {"params": {"mrn": "MRN-VICTIM"}}
+    ),
+    f"GET {API}/patients/{{patient_id}}": Operation("patient:read"),
+    f"GET {API}/patients/{{patient_id}}/care-team": Operation("care-team:read"),
+    f"PUT {API}/patients/{{patient_id}}/care-team/{{sub}}": Operation(
+        "care-team:write", ask=lambda world: {"json": {"role": "consultant"}}
+    ),
+    f"DELETE {API}/patients/{{patient_id}}/care-team/{{sub}}": Operation("care-team:write", 204),
+    f"POST {API}/orders": Operation("order:create", 201, new_order),
+    f"GET {API}/orders": Operation(
+        "order:list", ask=lambda world: {"params": {"patient_id": world.theirs["id"]}}
+    ),
+    f"GET {API}/orders/{{order_id}}": Operation("order:read"),
+    f"PATCH {API}/orders/{{order_id}}": Operation(
+        "order:write", ask=lambda world: {"json": {"attending": "clinician"}}
+    ),
+    f"POST {API}/dicom/upload": Operation("study:upload", ask=upload("file")),
+    f"POST {API}/dicom/upload-multiple": Operation("study:upload", ask=upload("files")),
+    f"POST {API}/dicom/read-tags": Operation("tags:read", ask=a_file),
+    f"POST {API}/dicom/modify-tags": Operation("tags:modify", ask=a_file_and_tags),
+    f"GET {API}/dicom/studies": Operation(
+        "study:list", ask=lambda world: {"params": {"patient_id": world.theirs["id"]}}
+    ),
+    f"GET {API}/dicom/studies/{{study_instance_uid}}": Operation("study:read"),
+    f"DELETE {API}/dicom/studies/{{study_instance_uid}}": Operation(
+        "study:delete", ask=lambda world: {"params": {"reason": "a wrong study"}}
+    ),
+    f"GET {API}/dicom/studies/patient/{{patient_id}}": Operation("study:read"),
+    f"GET {API}/dicom/studies/order/{{order_id}}": Operation("study:read"),
+    f"GET {API}/dicom/viewer/url/{{study_instance_uid}}": Operation("study:view"),
+    f"GET {API}/dicom/viewer/url/order/{{order_id}}": Operation("study:view"),
+    f"GET {API}/dicom/viewer/url/patient/{{patient_id}}": Operation("study:view"),
+    f"GET {API}/dicom/stats": Operation("statistics:read"),
+    f"GET {API}/audit": Operation(
+        "audit:read", ask=lambda world: {"params": {"patient_id": world.theirs["id"]}}
+    ),
+}
+PUBLIC = {f"GET {API}/dicom/health", "GET /viewer", "GET /s/{ctx}/ended"}
+DICOM_WEB = "GET /s/{ctx}/dicom-web/studies"
+SERIES = DICOM_WEB + "/{study_instance_uid}/series"
+INSTANCE = SERIES + "/{series_instance_uid}/instances/{sop_instance_uid}"
+NAMES_A_SERIES = {
+    f"{SERIES}/{{series_instance_uid}}/metadata",
+    f"{INSTANCE}/frames/{{number}}",
+    f"{INSTANCE}/rendered",
+    f"{INSTANCE}/bulk/{{path}}",
+}
+NAMES_A_STUDY = NAMES_A_SERIES | {SERIES}
+COOKIE = NAMES_A_STUDY | {DICOM_WEB, "GET /s/{ctx}/status"}
+
+PATHS: dict[str, dict[str, Any]] = create_app(make_settings("sqlite+aiosqlite://", URL)).openapi()[
+    "paths"
+]
+DECLARED = sorted(f"{method.upper()} {path}" for path, verbs in PATHS.items() for method in verbs)
+BEARER_OPERATIONS = [each for each in DECLARED if each not in PUBLIC | COOKIE]
+
+
+def declared(name: str) -> dict[str, Any]:
+    """What OpenAPI says of an operation `METHOD /path`."""
+    method, _, path = name.partition(" ")
+    found: dict[str, Any] = PATHS[path][method.lower()]
+    return found
+
+
+def operation(name: str) -> Operation:
+    """The row of an operation."""
+    assert name in OPERATIONS, (
+        f"{name} is in OpenAPI and no test knows it: add a row to OPERATIONS in {__file__} that "
+        "says how it is asked about the other patient, and which row of RIGHTS_TABLE it needs "
+        "(or to PUBLIC or COOKIE)"
+    )
+    return OPERATIONS[name]
+
+
+def path_of(name: str, **values: str) -> str:
+    """The path of an operation with its parameters put in; each must be known here."""
+    path = name.partition(" ")[2]
+    _, _, parameters = compile_path(path)
+    unknown = parameters.keys() - values.keys()
+    assert not unknown, f"{name}: add a value for the path parameter {unknown} to {__file__}"
+    return path.format(**values)
+
+
+def about_them(name: str, world: World) -> str:
+    return path_of(
+        name,
+        patient_id=world.theirs["id"],
+        order_id=world.their_order["id"],
+        study_instance_uid=world.their_study,
+        sub="clinician",
+    )
+
+
+def assert_silent(answer: httpx.Response, world: World) -> None:
+    """No word and no identifier of the other patient stands in the answer or its headers."""
+    said = answer.text + "".join(f"{name}: {value}\n" for name, value in answer.headers.items())
+    identifiers = [world.theirs["id"], world.their_order["id"], world.their_study]
+    identifiers += [world.their_order["accession_number"]]
+    identifiers += [
+        value for key, value in world.their_image.items() if key.endswith(("uid", "id"))
+    ]
+    leaked = [each for each in (*World.SECRET_WORDS, *identifiers) if each and each in said]
+    assert not leaked, f"leaked {leaked}: {answer.status_code} {said}"
+
+
+def assert_problem(answer: httpx.Response, status: int, asked: str) -> None:
+    assert answer.status_code == status, f"{asked}: {answer.status_code} {answer.text}"
+    assert answer.headers["content-type"] == "application/problem+json", asked
+
+
+def decisions(lightbox: Lightbox, request_id: str) -> list[dict[str, Any]]:
+    found = records(lightbox, request_id)
+    return [each for each in found if each["outcome"] in ("granted", "denied")]
+
+
+# ------------------------------------------------------------------------------ the declarations
+
+
+@pytest.mark.parametrize("name", DECLARED)
+def test_openapi_says_of_every_operation_who_may(name: str) -> None:
+    said = declared(name).get("x-access")
+    assert said, f"{name} has no x-access"
+    if name in PUBLIC:
+        assert said["guard"] == "public"
+        assert len(said["why"]) > 10
+    elif name in COOKIE:
+        assert said["guard"] in ("viewer-session", "session-cookie")
+    else:
+        assert said["action"] == operation(name).right
+
+
+def test_no_row_is_left_over() -> None:
+    assert {*OPERATIONS, *PUBLIC, *COOKIE} == set(DECLARED)
+    assert {each.right for each in OPERATIONS.values()} == set(RIGHTS)
+
+
+def test_a_bearer_token_is_asked_for_where_one_is_needed() -> None:
+    with_token = {name for name in DECLARED if "security" in declared(name)}
+    assert with_token == set(BEARER_OPERATIONS)
+
+
+# --------------------------------------------------------------------------------- bearer tokens
+
+
+@pytest.mark.parametrize("name", BEARER_OPERATIONS)
+async def test_who_may_not(name: str, untouched: Shared) -> None:
+    lightbox, world, row = untouched.lightbox, untouched.world, operation(name)
+    method, path = name.partition(" ")[0], about_them(name, world)
+    refused = [caller for caller, word in RIGHTS[row.right].items() if word != "yes"]
+    assert refused
+    for caller in refused:
+        word, request_id = RIGHTS[row.right][caller], uuid4().hex
+        answer = await lightbox.ask(
+            None,
+            method,
+            path,
+            claims=CALLERS[caller],
+            headers={"X-Request-ID": request_id},
+            **row.ask(world),
+        )
+        asked = f"{caller}: {name}"
+        assert_silent(answer, world)
+        decided = decisions(lightbox, request_id)
+        assert len(decided) == 1, f"{asked}: {decided}"
+        assert decided[0]["actor"] == CALLERS[caller]["sub"]
+        assert decided[0]["action"] == row.right
+        if word == "empty":
+            assert (answer.status_code, answer.json()) == (200, []), asked
+            assert outcomes(lightbox, request_id) == [(row.right, "granted")], asked
+        elif answer.status_code == 200:
+            # Of many files each has a status of its own.
+            (result,) = answer.json()["results"]
+            assert (result["status"], result["error_status"]) == ("failed", 403), asked
+            assert decided[0]["outcome"] == "denied", asked
+        else:
+            assert_problem(answer, 403, asked)
+            assert decided[0]["outcome"] == "denied", asked
+
+
+@pytest.mark.parametrize("name", BEARER_OPERATIONS)
+async def test_who_may(
+    name: str, lightbox: Lightbox, world: World, fake_orthanc: FakeOrthanc
+) -> None:
+    row = operation(name)
+    method, path = name.partition(" ")[0], about_them(name, world)
+    allowed = [caller for caller, word in RIGHTS[row.right].items() if word == "yes"]
+    assert allowed, f"nobody may {row.right}"
+    stored = dict(fake_orthanc.bodies)
+    for caller in allowed:
+        answer = await lightbox.ask(
+            None,
+            method,
+            path,
+            claims=CALLERS[caller],
+            headers={"X-Request-ID": f"{caller}-asks"},
+            **row.ask(world),
+        )
+        asked = f"{caller}: {name}: {answer.text}"
+        assert answer.status_code == row.success, asked
+        (decided,) = decisions(lightbox, f"{caller}-asks")
+        assert (decided["outcome"], decided["action"]) == ("granted", row.right), asked
+        assert decided["actor"] == CALLERS[caller]["sub"]
+        if row.right.endswith(":list"):
+            assert len(answer.json()) == 1, asked
+        if row.right == "study:delete":
+            # For the next one who may.
+            body = stored[world.their_image["orthanc_instance_id"]]
+            assert (await lightbox.upload(body, order_id=world.their_order["id"])).is_success
+
+
+@pytest.mark.parametrize("name", BEARER_OPERATIONS)
+async def test_without_a_token_nothing_is_answered(name: str, untouched: Shared) -> None:
+    lightbox, world, row = untouched.lightbox, untouched.world, operation(name)
+    method, path = name.partition(" ")[0], about_them(name, world)
+    claims = {"sub": "ehr", "roles": ["service", "radiologist", "auditor", "admin"]}
+    good = signed(lightbox.settings, **claims)
+    other = lightbox.settings.model_copy(update={"jwt_issuer": "somebody-else"})
+    head, payload, signature = good.split(".")
+    forged = {
+        "no-token": None,
+        "empty": "Bearer ",
+        "forged-signature": f"Bearer {head}.{payload}.{signature[::-1]}",
+        "no-signature": f"Bearer {head}.{payload}.",
+        "other-issuer": f"Bearer {signed(other, **claims)}",
+        "expired": f"Bearer {signed(lightbox.settings, **claims, exp=1)}",
+        "other-scheme": f"Basic {good}",
+        "the-secret": f"Bearer {SECRET}",
+    }
+    for how, header in forged.items():
+        request_id = uuid4().hex
+        headers = {"X-Request-ID": request_id} | ({"Authorization": header} if header else {})
+        answer = await lightbox.ask(None, method, path, headers=headers, **row.ask(world))
+        assert_problem(answer, 401, f"{how}: {name}")
+        assert answer.headers["www-authenticate"].startswith("Bearer")
+        assert_silent(answer, world)
+        (record,) = records(lightbox, request_id)
+        assert (record["action"], record["outcome"]) == ("sign-in", "denied")
+        assert record["actor"] == ""
+
+
+# ------------------------------------------------------------------------------- the open routes
+
+
+@pytest.mark.parametrize("name", sorted(PUBLIC - {f"GET {API}/dicom/health"}))
+async def test_what_is_open_shows_no_patient(name: str, untouched: Shared) -> None:
+    theirs = untouched.theirs
+    path = path_of(name, ctx=theirs.ctx)
+    for query in ({}, {"ctx": theirs.ctx}, {"launch": theirs.code}):
+        answer = await untouched.lightbox.client.get(path, params=query)
+        assert answer.status_code in (200, 404, 410), answer.text
+        assert "set-cookie" not in answer.headers
+        assert_silent(answer, untouched.world)
+
+
+# -------------------------------------------------------------------------------- viewer cookies
+
+
+def gateway_path(name: str, ctx: str, image: Mapping[str, str]) -> str:
+    return path_of(
+        name,
+        ctx=ctx,
+        study_instance_uid=image["study_instance_uid"],
+        series_instance_uid=image["series_instance_uid"],
+        sop_instance_uid=image["sop_instance_uid"],
+        number="1",
+        path="00420011",
+    )
+
+
+async def visit(
+    lightbox: Lightbox, path: str, *, method: str = "GET", **headers: str
+) -> tuple[httpx.Response, list[dict[str, Any]]]:
+    """The answer of the viewer origin, and what was recorded of the request."""
+    request_id = uuid4().hex
+    answer = await lightbox.client.request(
+        method, path, headers={"X-Request-ID": request_id, **headers}
+    )
+    lightbox.client.cookies.clear()
+    assert "x-accel-redirect" not in answer.headers
+    return answer, records(lightbox, request_id)
+
+
+@pytest.mark.parametrize("name", sorted(COOKIE))
+async def test_the_viewer_answers_to_its_own_cookie_alone(name: str, untouched: Shared) -> None:
+    lightbox, mine, theirs = untouched.lightbox, untouched.mine, untouched.theirs
+    path = gateway_path(name, theirs.ctx, untouched.world.their_image)
+    proof = theirs.cookie.partition("=")[2]
+    intruders = {
+        "no cookie": {},
+        "an empty cookie": {"Cookie": "lightbox="},
+        "my cookie": {"Cookie": mine.cookie},
+        "their cookie, cut": {"Cookie": theirs.cookie[:-1]},
+        "their cookie under another name": {"Cookie": f"session={proof}"},
+        "their ctx as cookie": {"Cookie": f"lightbox={theirs.ctx}"},
+        "their code as cookie": {"Cookie": f"lightbox={theirs.code}"},
+        "a bearer token": {"Authorization": f"Bearer {lightbox.token('service')}"},
+        "their bearer token": {"Authorization": f"Bearer {lightbox.token('clinician', 'other')}"},
+        "their cookie as bearer token": {"Authorization": f"Bearer {proof}"},
+    }
+    for how, headers in intruders.items():
+        answer, recorded = await visit(lightbox, path, **headers)
+        assert_problem(answer, 401, f"{how}: {name}")
+        assert_silent(answer, untouched.world)
+        (record,) = recorded
+        assert (record["action"], record["outcome"]) == ("sign-in", "denied"), how
+        assert proof not in str(record), how
+
+
+@pytest.mark.parametrize("name", BEARER_OPERATIONS)
+async def test_a_viewer_cookie_opens_nothing_of_the_api(name: str, untouched: Shared) -> None:
+    method, path = name.partition(" ")[0], about_them(name, untouched.world)
+    proof = untouched.theirs.cookie.partition("=")[2]
+    for headers in ({"Cookie": untouched.theirs.cookie}, {"Authorization": f"Bearer {proof}"}):
+        answer = await untouched.lightbox.ask(
+            None, method, path, headers=headers, **operation(name).ask(untouched.world)
+        )
+        assert_problem(answer, 401, name)
+        assert_silent(answer, untouched.world)
+
+
+@pytest.mark.parametrize("name", sorted(NAMES_A_STUDY))
+async def test_my_session_does_not_show_their_study(name: str, untouched: Shared) -> None:
+    world, mine = untouched.world, untouched.mine
+    answer, recorded = await visit(
+        untouched.lightbox, gateway_path(name, mine.ctx, world.their_image), Cookie=mine.cookie
+    )
+    assert_problem(answer, 404, name)
+    assert_silent(answer, world)
+    (record,) = recorded
+    assert (record["action"], record["outcome"]) == ("study:view", "denied")
+    assert (record["reason"], record["actor"]) == ("not-in-session", "clinician")
+    assert record["detail"] == {"requested": world.their_study}
+
+
+@pytest.mark.parametrize("name", sorted(NAMES_A_SERIES))
+async def test_their_series_is_not_found_under_my_study(name: str, shared: Shared) -> None:
+    world, mine = shared.world, shared.mine
+    asked_before = list(shared.orthanc.requests)
+    mixtures = [
+        {**world.their_image, "study_instance_uid": world.my_study},
+        {**world.my_image, "series_instance_uid": world.their_image["series_instance_uid"]},
+    ]
+    if "{sop_instance_uid}" in name:
+        mixtures.append(
+            {**world.my_image, "sop_instance_uid": world.their_image["sop_instance_uid"]}
+        )
+    for image in mixtures:
+        path = gateway_path(name, mine.ctx, image)
+        answer, _ = await visit(shared.lightbox, path, Cookie=mine.cookie)
+        assert_problem(answer, 404, name)
+        assert_silent(answer, world)
+    assert shared.orthanc.requests == asked_before
+
+
+@pytest.mark.parametrize("name", sorted(COOKIE))
+async def test_the_viewer_is_read_only(name: str, untouched: Shared) -> None:
+    mine = untouched.mine
+    path = gateway_path(name, mine.ctx, untouched.world.my_image)
+    for method in ("POST", "PUT", "PATCH", "DELETE", "OPTIONS", "TRACE"):
+        headers = {"Cookie": mine.cookie, "X-HTTP-Method-Override": "GET"}
+        answer, _ = await visit(untouched.lightbox, path, method=method, **headers)
+        assert_problem(answer, 405, f"{method} {name}")
