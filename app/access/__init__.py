@@ -1,22 +1,12 @@
 """Who may see what: the policy, and the guards that apply it.
 
-`policy` is pure and reads like a table; `guards` ask it, write the record, and hand out the
-`PatientAccess` that every function which touches patient data takes first.
+`policy` is pure and reads like a table; the `gate` asks it, writes the record, and hands out the
+`PatientAccess` that every function which touches patient data takes first; `guards` are how a
+route asks the gate.
 """
 
-from app.access.guards import (
-    Caller,
-    Denial,
-    Gate,
-    Grant,
-    Guard,
-    PatientAccess,
-    Public,
-    RoleAccess,
-    Subject,
-    Visible,
-    VisiblePatients,
-)
+from app.access.gate import Denial, Gate, PatientAccess, RoleAccess, Subject, VisiblePatients
+from app.access.guards import Caller, Grant, Guard, Public, Visible
 
 __all__ = [
     "POLICY",
