@@ -1,8 +1,9 @@
 """Opening the viewer: launch sessions, the guards of its requests, the pages that say why not."""
 
+from app.viewer.endings import SessionOver
 from app.viewer.guard import SessionCookie, ViewerGrant
 from app.viewer.pages import EHR_PAGE, page
-from app.viewer.sessions import COMPARE_LAYOUT, Launch, Redeemed, SessionOver, Viewer
+from app.viewer.sessions import COMPARE_LAYOUT, Launch, Redeemed, Viewer
 
 __all__ = [
     "COMPARE_LAYOUT",

@@ -10,10 +10,9 @@ when its order is cancelled, its study deleted, or the right lost.
 import hashlib
 import hmac
 import secrets
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
-from enum import StrEnum
 from urllib.parse import urlencode
 from uuid import UUID
 
@@ -24,36 +23,16 @@ from sqlmodel.ext.asyncio.session import AsyncSession
 from app.access import Denial, Gate, PatientAccess, Subject
 from app.audit import Action, AuditTrail, Entry, Origin, Outcome
 from app.db import Database, utcnow
-from app.errors import Forbidden, Gone, LightboxError, NotFound, Unauthenticated
+from app.errors import Gone, LightboxError, NotFound, Unauthenticated
 from app.identity import Principal, Role
 from app.linking import StudySummary
 from app.models import LaunchSession, LaunchStudy
 from app.orthanc import Orthanc
 from app.settings import Settings
+from app.viewer.endings import ENDED_SENTENCES, EndedBecause, SessionOver, end_sessions
 
 COOKIE_NAME = "lightbox"
 COMPARE_LAYOUT = "@ohif/hpCompare"  # OHIF's hanging protocol for two studies side by side
-
-
-class EndedBecause(StrEnum):
-    """Why a session is over; the refusal page has a sentence for each."""
-
-    EXPIRED = "expired"
-    IDLE = "idle"
-    ORDER_CANCELLED = "order-cancelled"
-    RIGHT_LOST = "right-lost"
-    STUDY_DELETED = "study-deleted"
-    UNUSED = "unused"
-
-
-ENDED_SENTENCES = {
-    EndedBecause.EXPIRED: "This viewing session has reached its time limit.",
-    EndedBecause.IDLE: "This viewing session was not used for a while and has ended.",
-    EndedBecause.ORDER_CANCELLED: "The order whose images were open here has been cancelled.",
-    EndedBecause.RIGHT_LOST: "You no longer have access to this patient's images.",
-    EndedBecause.STUDY_DELETED: "The images that were open here have been deleted.",
-    EndedBecause.UNUSED: "This link was not opened in time.",
-}
 
 
 @dataclass(frozen=True)
@@ -74,14 +53,6 @@ class Redeemed:
     cookie_value: str
     cookie_path: str
     max_age_seconds: int
-
-
-class SessionOver(Forbidden):
-    """The session is over; `because` says why."""
-
-    def __init__(self, because: EndedBecause) -> None:
-        super().__init__(ENDED_SENTENCES[because], extra={"reason": because.value})
-        self.because = because
 
 
 class Viewer:
@@ -337,7 +308,7 @@ class Viewer:
             ).all()
             for launch in over:
                 because = self._over(launch, now) or EndedBecause.UNUSED
-                await _end(session, [launch], because, origin, actor="")
+                await end_sessions(session, [launch], because, origin, actor="")
             await session.commit()
         return len(over)
 
@@ -370,7 +341,7 @@ class Viewer:
         live = await access.session.exec(
             select(LaunchSession).where(condition, col(LaunchSession.ended_at).is_(None))
         )
-        return await _end(
+        return await end_sessions(
             access.session, live.all(), because, access.origin, actor=access.principal.sub
         )
 
@@ -418,7 +389,7 @@ class Viewer:
             )
         except Denial:
             await self.flush()
-            await _end(session, [launch], EndedBecause.RIGHT_LOST, origin, actor="")
+            await end_sessions(session, [launch], EndedBecause.RIGHT_LOST, origin, actor="")
             await session.commit()
             raise SessionOver(EndedBecause.RIGHT_LOST) from None
 
@@ -437,56 +408,6 @@ class Viewer:
             .values(first_accessed_at=now, last_accessed_at=now)
         )
         await self._gate.trail.record_if_first(unmarked, access.entry(Outcome.GRANTED))
-
-
-async def _end(
-    session: AsyncSession,
-    launches: Iterable[LaunchSession],
-    because: EndedBecause,
-    origin: Origin,
-    *,
-    actor: str,
-) -> int:
-    """End sessions in the caller's transaction, each with a record of what was looked at."""
-    ended = 0
-    for launch in launches:
-        marked = await session.exec(
-            sa.update(LaunchSession)
-            .where(col(LaunchSession.ctx) == launch.ctx, col(LaunchSession.ended_at).is_(None))
-            .values(ended_at=utcnow(), ended_because=because.value)
-        )
-        if marked.rowcount != 1:
-            continue  # another process ended it just now
-        ended += 1
-        shown = await session.exec(
-            select(LaunchStudy).where(
-                LaunchStudy.ctx == launch.ctx, col(LaunchStudy.first_accessed_at).is_not(None)
-            )
-        )
-        studies = [
-            {
-                "study_instance_uid": each.study_instance_uid,
-                "request_count": each.request_count,
-                "first_accessed_at": _iso(each.first_accessed_at),
-                "last_accessed_at": _iso(each.last_accessed_at),
-            }
-            for each in shown
-        ]
-        await AuditTrail.add(
-            session,
-            Entry(
-                action=Action.SESSION_END,
-                outcome=Outcome.DONE,
-                origin=origin,
-                actor=actor,
-                reason=because.value,
-                patient_id=launch.patient_id,
-                order_id=launch.order_id,
-                ctx=launch.ctx,
-                detail={"viewer": launch.actor, "studies": studies},
-            ),
-        )
-    return ended
 
 
 def _refusal_of_link(launch: LaunchSession, now: datetime) -> LightboxError | None:
@@ -509,7 +430,3 @@ def _not_yours() -> Unauthenticated:
 
 def _sha256(secret: str) -> str:
     return hashlib.sha256(secret.encode()).hexdigest()
-
-
-def _iso(moment: datetime | None) -> str | None:
-    return moment.isoformat() if moment else None

@@ -21,7 +21,7 @@ from app.errors import LightboxError
 from app.identity import Role
 from app.main import create_app
 from app.settings import Settings
-from app.viewer.sessions import EndedBecause
+from app.viewer.endings import EndedBecause
 from tests.fake_orthanc import URL
 from tests.lightbox import make_settings
 
