@@ -181,16 +181,6 @@ class RequestId:
                 headers.setdefault("X-Content-Type-Options", "nosniff")
             await send(message)
 
-        async def named(message: Message) -> None:
-            nonlocal started
-            if message["type"] == "http.response.start":
-                started = True
-                headers = MutableHeaders(scope=message)
-                headers["X-Request-ID"] = request_id
-                headers.setdefault("Cache-Control", "no-store")
-                headers.setdefault("X-Content-Type-Options", "nosniff")
-            await send(message)
-
         if b"%00" in scope.get("raw_path", b"") or b"%00" in scope.get("query_string", b""):
             # No value of ours holds NUL, and PostgreSQL stores none.
             said = "An address can't hold NUL."

@@ -427,26 +427,23 @@ async def test_a_search_that_makes_no_sense_is_refused(query: str, untouched: Sh
     await refused(untouched.lightbox, 422, "GET", f"/dicom/studies?{query}")
 
 
-@pytest.mark.parametrize("limit", [1, 2, 3, 7, 200])
-async def test_pages_show_every_row_once(limit: int, pages: Lightbox) -> None:
-    for path, key in (
-        ("/patients", "id"),
-        ("/orders", "id"),
-        ("/dicom/studies", "StudyInstanceUID"),
-    ):
+async def test_pages_show_every_row_once(pages: Lightbox) -> None:
+    lists = {"/patients": "id", "/orders": "id", "/dicom/studies": "StudyInstanceUID"}
+    for path, key in lists.items():
         everything = [each[key] for each in await pages.must("service", "GET", f"{path}?limit=200")]
         assert len(everything) == 7
-        link: str | None = f"{API}{path}?limit={limit}"
-        seen: list[str] = []
-        while link is not None:
-            answer = await pages.ask("service", "GET", link)
-            page = [each[key] for each in answer.json()]
-            following = answer.headers.get("link")
-            assert len(page) == limit or following is None
-            assert page, "no page is empty"
-            seen += page
-            link = following and following[1:].partition(">")[0]
-        assert seen == everything
+        for limit in (1, 2, 3, 7, 8):
+            link: str | None = f"{API}{path}?limit={limit}"
+            seen: list[str] = []
+            while link is not None:
+                answer = await pages.ask("service", "GET", link)
+                page = [each[key] for each in answer.json()]
+                following = answer.headers.get("link")
+                assert len(page) == limit or following is None
+                assert page, "no page is empty"
+                seen += page
+                link = following and following[1:].partition(">")[0]
+            assert seen == everything
 
 
 async def test_a_next_page_keeps_the_filter(pages: Lightbox) -> None:

@@ -8,7 +8,6 @@ import sqlalchemy as sa
 from sqlmodel.ext.asyncio.session import AsyncSession
 
 from app import linking
-from app.intake import records as intake_records
 from app.db import Database
 from app.intake import records as intake_records
 from tests.fake_orthanc import FakeOrthanc

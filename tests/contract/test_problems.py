@@ -107,10 +107,10 @@ async def test_415(untouched: Shared) -> None:
 
 
 async def test_422_of_a_file_names_what_is_wrong(untouched: Shared) -> None:
-    answer = await untouched.lightbox.upload(ct_image(SeriesInstanceUID=None, NumberOfFrames="0"))
+    answer = await untouched.lightbox.upload(ct_image(SeriesInstanceUID=None, StudyInstanceUID=""))
     errors = answer.json()["errors"]
     assert_problem(answer, 422, "malformed-dicom", errors=errors)
-    assert [each["keyword"] for each in errors] == ["SeriesInstanceUID", "NumberOfFrames"]
+    assert [each["keyword"] for each in errors] == ["SeriesInstanceUID", "StudyInstanceUID"]
 
 
 async def test_422_of_a_body_names_the_fields_and_repeats_nothing(untouched: Shared) -> None:
