@@ -145,7 +145,7 @@ class _Reader:
             raw = self.raw(keyword)
         else:
             cut = element._replace(end=element.value + _LONGEST_VALUE)
-            raw = self.whole_characters(value_bytes(self.file, self.scan, cut), vr)
+            raw = self.whole_characters(value_bytes(self.file, self.scan, cut), vr).rstrip(b"\0 ")
         return _shown(self.charset.decode_loosely(raw, vr).strip(" "))
 
     def whole_characters(self, raw: bytes, vr: str) -> bytes:

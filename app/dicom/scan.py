@@ -1,8 +1,9 @@
 """The bounded first look at a file: no other parser sees it before this one has passed it.
 
-A 2.9 KB file with 48 nested sequences crashes Orthanc 1.10, and 300 overflow pydicom's stack.
-So `scan` checks size, sequence depth and the numbers of elements, items and frames by reading
-headers and a few numbers only, in memory that does not grow with the file. It is strict where parsers would read different things (unknown VRs,
+A 2.9 KB file with 48 nested sequences crashes Orthanc 1.10, and 300 overflow pydicom's stack; one
+that claims 2,000,000,000 frames makes Orthanc allocate 23 GB. So `scan` checks size, sequence depth
+and the numbers of elements, items and frames by reading headers and a few numbers, in memory that
+does not grow with the file. It is strict where parsers would read different things (unknown VRs,
 wrong lengths, doubled identifiers): what one of them sees, all see.
 
 After the dataset, zeros in a multiple of 8 bytes are padding, as Orthanc has it; anything else

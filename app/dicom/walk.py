@@ -76,8 +76,9 @@ class Walker:
 
     `elements` and `deepest` are running totals over all datasets walked, guesses included: a
     sequence in the dataset is at depth 1, one in an item of that at 2. `fragments` is how many
-    the top-level PixelData has behind its offset table, None if it is not encapsulated. `visit(tag, vr, value, end)`
-    is called for each element that holds no items, at any depth, outside guesses.
+    the top-level PixelData has behind its offset table, None if it is not encapsulated.
+    `visit(tag, vr, value, end)` is called for each element that holds no items, at any depth,
+    outside guesses.
     """
 
     def __init__(

@@ -219,3 +219,60 @@ def test_every_sample_is_read_as_pydicom_reads_it_or_refused() -> None:
             assert patient == as_text(theirs.get("PatientID")), path
             assert read.number_of_frames == int(theirs.get("NumberOfFrames") or 1), path
     assert accepted > len(files) * 0.8
+
+
+@pytest.mark.parametrize("keyword", [*TEXTS][4:6] + [*TEXTS][7:])
+def test_control_characters_of_describing_text_are_replaced(keyword: str) -> None:
+    file = written(dataset(**{keyword: "ABCDEF", "SpecificCharacterSet": "ISO_IR 100"}))
+    bad = io.BytesIO(file.getvalue().replace(b"ABCDEF", b"A\0\n\x7f\x85F"))
+    assert getattr(read_header(bad, scan(bad, LIMITS)), TEXTS[keyword]) == "A" + "\ufffd" * 4 + "F"
+
+
+def test_control_characters_of_an_issuer_and_a_character_set_are_replaced() -> None:
+    issuer = Dataset()
+    issuer.LocalNamespaceEntityID = "RI\0S"
+    made = dataset(IssuerOfAccessionNumberSequence=Sequence([issuer]))
+    assert header(made).accession_issuer == "RI\ufffdS"
+    file = written(dataset(SpecificCharacterSet="ISO_IR 100"))
+    bad = io.BytesIO(file.getvalue().replace(b"ISO_IR 100", b"ISO\0IR 100"))
+    assert read_header(bad, scan(bad, LIMITS)).specific_character_set == "ISO\ufffdIR 100"
+
+
+@pytest.mark.parametrize(
+    ("text", "number"),
+    [
+        ("2147483647", 2**31 - 1),
+        ("-2147483648", -(2**31)),
+        ("2147483648", None),
+        ("-2147483649", None),
+        ("99999999999", None),
+        ("1" * 2000, None),
+    ],
+)
+def test_a_number_beyond_is_counts_as_absent(text: str, number: int | None) -> None:
+    file = written(dataset(SeriesDescription="XX", StudyDescription="YY"))
+    file = io.BytesIO(
+        file.getvalue()
+        + b"".join(
+            bytes.fromhex(tag) + b"IS" + len(raw).to_bytes(2, "little") + raw
+            for tag in ("20001100", "20001300")
+            for raw in [text.encode() + b" " * (len(text) % 2)]
+        )
+    )
+    read = read_header(file, scan(file, LIMITS))
+    assert (read.series_number, read.instance_number) == (number, number)
+
+
+@pytest.mark.parametrize(
+    ("charset", "text", "kept"),
+    [
+        ("ISO_IR 192", "a" + "\u00e9" * 2000, "a" + "\u00e9" * 511),
+        ("ISO_IR 192", "\u65e5" * 2000, "\u65e5" * 341),
+        ("ISO_IR 100", "\u00e9" * 2000, "\u00e9" * 1024),
+        ("ISO_IR 100", "A" + " " * 2000, "A"),
+    ],
+)
+def test_a_long_description_is_cut_at_a_character(charset: str, text: str, kept: str) -> None:
+    made = dataset(SpecificCharacterSet=charset, StudyDescription=text, PatientName=text)
+    read = header(made)
+    assert (read.study_description, read.patient_name) == (kept, kept)
