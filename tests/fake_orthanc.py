@@ -3,9 +3,11 @@
 What only this has shown is not shown; tests/live does the same against the real one.
 """
 
+import asyncio
 import hashlib
 import json
 import re
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from io import BytesIO
 from typing import Any
@@ -28,6 +30,11 @@ class FakeOrthanc:
     requests: list[tuple[str, str]] = field(default_factory=list)
     faults: list[httpx.Response | Exception] = field(default_factory=list)
 
+    held: asyncio.Event | None = None
+    """While it is not set, no request is answered: an Orthanc that hangs."""
+    meanwhile: dict[str, Callable[[], None]] = field(default_factory=dict)
+    """What happens in Orthanc right after the next request of a method."""
+
     def install(self, router: respx.Router, url: str = URL) -> None:
         router.route(url__startswith=url).mock(side_effect=self._answer)
 
@@ -35,7 +42,16 @@ class FakeOrthanc:
         """The requests of a method whose path begins so."""
         return [each for each in self.requests if each[0] == method and each[1].startswith(path)]
 
-    def _answer(self, request: httpx.Request) -> httpx.Response:
+    async def _answer(self, request: httpx.Request) -> httpx.Response:
+        if self.held is not None:
+            await self.held.wait()
+        answer = self._now(request)
+        meanwhile = self.meanwhile.pop(request.method, None)
+        if meanwhile is not None:
+            meanwhile()
+        return answer
+
+    def _now(self, request: httpx.Request) -> httpx.Response:
         method, path = request.method, request.url.path
         self.requests.append((method, path))
         if self.faults:

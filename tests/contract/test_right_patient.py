@@ -1,5 +1,6 @@
 """Ways in which an image could end under the wrong patient, order or bytes; each is closed."""
 
+import asyncio
 import json
 from io import BytesIO
 from pathlib import Path
@@ -142,3 +143,54 @@ async def test_a_cancelled_order_opens_nothing_more(
     await lightbox.order(world.mine)
     answer = await lightbox.ask("clinician", "GET", link)
     assert answer.status_code == (409 if "order" in path else 200)
+
+
+async def test_a_deletion_takes_along_what_an_upload_brought_meanwhile(
+    lightbox: Lightbox, world: World, fake_orthanc: FakeOrthanc
+) -> None:
+    """Linked before the deletion committed, stored after Orthanc had deleted: no orphan stays."""
+    late = ct_image(patient_id="MRN-MINE", study_uid=world.my_study)
+
+    def upload() -> None:
+        fake_orthanc._store(late)
+
+    fake_orthanc.meanwhile["DELETE"] = upload
+    path = f"/api/v1/dicom/studies/{world.my_study}?reason=wrong+side"
+    assert (await lightbox.ask("radiologist", "DELETE", path)).status_code == 200
+    assert not [
+        each for each in fake_orthanc.instances.values() if each.StudyInstanceUID == world.my_study
+    ]
+
+
+async def test_an_upload_whose_study_is_deleted_meanwhile_is_not_linked(
+    lightbox: Lightbox, world: World, fake_orthanc: FakeOrthanc
+) -> None:
+    content = ct_image(patient_id="MRN-MINE")
+
+    def delete() -> None:
+        for key in list(fake_orthanc.instances):
+            if key not in before:
+                del fake_orthanc.instances[key], fake_orthanc.bodies[key]
+
+    before = set(fake_orthanc.instances)
+    # First comes the look-up of owners, then the store.
+    fake_orthanc.meanwhile["POST"] = lambda: fake_orthanc.meanwhile.update(POST=delete)
+    answer = await send(lightbox, content, world.my_order)
+    assert answer.status_code == 409
+    order = await lightbox.must("clinician", "GET", f"/orders/{world.my_order['id']}")
+    assert order["studies"] == [world.my_study]
+
+
+async def test_an_archive_that_hangs_stops_only_who_needs_it(
+    lightbox: Lightbox, world: World, fake_orthanc: FakeOrthanc
+) -> None:
+    """More callers wait for Orthanc than there are database connections; the others go on."""
+    fake_orthanc.held = asyncio.Event()
+    link = f"/api/v1/dicom/viewer/url/order/{world.my_order['id']}"
+    waiting = [asyncio.create_task(lightbox.ask("clinician", "GET", link)) for _ in range(40)]
+    async with asyncio.timeout(10):
+        for _ in range(3):
+            assert (await lightbox.ask("clinician", "GET", "/api/v1/patients")).status_code == 200
+    assert not any(each.done() for each in waiting)
+    fake_orthanc.held.set()
+    assert [each.status_code for each in await asyncio.gather(*waiting)] == [200] * 40

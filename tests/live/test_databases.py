@@ -260,7 +260,12 @@ async def test_of_two_patients_racing_for_a_study_one_wins(
         answers = await at_once(
             *(
                 live.upload(
-                    ct_image(patient_id=each.mrn, study_uid=study, **same),
+                    ct_image(
+                        patient_id=each.mrn,
+                        study_uid=study,
+                        IssuerOfPatientID=each.patient["mrn_issuer"],
+                        **same,
+                    ),
                     order_id=each.order["id"],
                 )
                 for each in racers

@@ -3,11 +3,16 @@
 import http.client
 import io
 import json
+import os
 import re
+import resource
+import select
+import socket
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -72,7 +77,7 @@ class Recorded:
 @dataclass
 class RecordingApp:
     """Stands in for the app. `?accel=` makes it answer with X-Accel-Redirect, `?type=` sets the
-    type, `?cache=` and `?cookie=` the headers of these names."""
+    type, `?cache=` and `?cookie=` the headers of these names; it takes `?seconds=`."""
 
     port: int = 0
     requests: list[Recorded] = field(default_factory=list)
@@ -91,6 +96,7 @@ def start_recording_app(app: RecordingApp) -> ThreadingHTTPServer:
             for name, value in self.headers.items():
                 headers.setdefault(name.lower(), []).append(value)
             app.requests.append(Recorded(self.command, self.path, headers, body))
+            time.sleep(float(query.get("seconds", 0)))
             if self.path.startswith("/viewer"):
                 query.setdefault("accel", "/_ohif/index.html")
                 query.setdefault("type", "text/html; charset=utf-8")
@@ -263,6 +269,18 @@ def ask(
         return Answer(response.status, received, response.read())
     finally:
         connection.close()
+
+
+def send_raw(port: int, request: bytes) -> Answer:
+    """The answer to exactly these bytes; the edge has to close the connection after it."""
+    with socket.create_connection((LOOPBACK, port), timeout=20) as connection:
+        connection.sendall(request)
+        response = http.client.HTTPResponse(connection)
+        response.begin()
+        received: dict[str, list[str]] = {}
+        for name, value in response.getheaders():
+            received.setdefault(name.lower(), []).append(value)
+        return Answer(response.status, received, response.read())
 
 
 def frame_url(instance_id: str, extra: str = "") -> str:
@@ -471,6 +489,103 @@ def test_no_body_reaches_the_app_through_the_viewer_origin(edge: Edge, app: Reco
 
 
 # ------------------------------------------------------------------------------ what must not
+
+
+@pytest.mark.parametrize("path", ["/s", "/s?x=1"])
+def test_the_parent_of_all_sessions_is_nothing(edge: Edge, app: RecordingApp, path: str) -> None:
+    answer, unknown = ask(edge.viewer_port, path), ask(edge.viewer_port, "/notfoundstudy")
+    assert (answer.status, answer.one("location")) == (404, None)
+    assert answer.one("content-type") == unknown.one("content-type")
+    assert answer.body.split(b"Request")[0] == unknown.body.split(b"Request")[0]
+    assert app.requests == []
+
+
+@pytest.mark.parametrize("path", ["/api", "/fhir", "/dicom-web", "/api?x=1"])
+def test_a_prefix_of_the_api_is_nothing(edge: Edge, app: RecordingApp, path: str) -> None:
+    answer = ask(edge.api_port, path)
+    assert (answer.status, answer.one("location")) == (404, None)
+    answer.problem()
+    assert app.requests == []
+
+
+@pytest.mark.parametrize("path", ["/viewer", "/notfoundstudy", "/s"])
+def test_where_a_person_looks_even_a_refusal_is_our_page(edge: Edge, path: str) -> None:
+    answer = ask(edge.viewer_port, path, body=b"x" * 5000)
+    assert answer.status == 413
+    assert answer.one("content-type") == "text/html; charset=utf-8"
+    assert b"nginx" not in answer.body
+    assert answer.one("x-request-id")
+
+
+@pytest.mark.parametrize(
+    "tail",
+    [
+        b"%00",
+        b"a%00b",
+        b"?mrn=%00",
+        b"?mrn=a%00b&x=1",
+        b"?%00",
+        b"\xc3\xa9",
+        b"?mrn=\xe9",
+        b"?mrn=\xff\xfe",
+        b"?mrn=\x7f",
+        b"?mrn=\x01",
+        b"#%00",
+    ],
+)
+def test_an_address_holds_neither_nul_nor_raw_bytes(
+    edge: Edge, app: RecordingApp, tail: bytes
+) -> None:
+    for port, path in (
+        (edge.api_port, b"/api/v1/patients/"),
+        (edge.api_port, b"/dicom-web/studies"),
+        (edge.viewer_port, f"/s/{CTX}/dicom-web/studies".encode()),
+        (edge.viewer_port, b"/viewer"),
+    ):
+        line = b"GET " + path + tail + b" HTTP/1.1\r\n"
+        answer = send_raw(port, line + b"Host: edge\r\nConnection: close\r\n\r\n")
+        assert answer.status == 400
+        answer.problem()
+    assert app.requests == []
+
+
+def test_what_only_looks_like_nul_passes(edge: Edge, app: RecordingApp) -> None:
+    assert ask(edge.api_port, "/api/v1/patients?q=100%2500&r=%C3%A9").status == 200
+    assert app.requests[0].path == "/api/v1/patients?q=100%2500&r=%C3%A9"
+
+
+def test_an_unknown_transfer_encoding_is_the_clients_fault(edge: Edge, app: RecordingApp) -> None:
+    head = b" HTTP/1.1\r\nHost: edge\r\nTransfer-Encoding: xchunked\r\n\r\n"
+    for port, line in (
+        (edge.api_port, b"POST /api/v1/orders"),
+        (edge.api_port, b"POST /api/v1/dicom/upload"),
+        (edge.viewer_port, b"GET /viewer"),
+        (edge.viewer_port, f"GET /s/{CTX}/status".encode()),
+    ):
+        answer = send_raw(port, line + head)
+        assert answer.status == 400
+        assert answer.one("retry-after") is None
+        answer.problem()
+    assert app.requests == []
+
+
+@pytest.mark.parametrize("origin", ["api", "viewer"])
+def test_http_1_0_needs_no_host_and_http_1_1_does(
+    edge: Edge, app: RecordingApp, origin: str
+) -> None:
+    port, path = (
+        (edge.api_port, b"/api/x") if origin == "api" else (edge.viewer_port, b"/s/x/status")
+    )
+    assert send_raw(port, b"GET " + path + b" HTTP/1.0\r\n\r\n").status == 200
+    assert app.requests[0].headers["host"] == ["lightbox"]
+    assert ask(port, path.decode()).status == 200
+    assert app.requests[1].headers["host"] == [f"{LOOPBACK}:{port}"]
+    for host in (b"", b"Host:\r\n"):
+        head = b" HTTP/1.1\r\nConnection: close\r\n" + host + b"\r\n"
+        answer = send_raw(port, b"GET " + path + head)
+        assert answer.status == 400
+        answer.problem()
+    assert len(app.requests) == 2
 
 
 TRICKS = [
@@ -718,6 +833,180 @@ def test_an_upload_refused_early_is_answered(
         for _ in range(5):
             answer = httpx.post(url, content=b"x" * (32 * 1024 * 1024), trust_env=False)
             assert answer.status_code == 413
+
+
+# ------------------------------------------------------------------------------ too much, too slow
+
+MEBIBYTE = 1024 * 1024
+FILE_ROUTES = ["upload", "upload-multiple", "read-tags", "modify-tags"]
+
+
+def test_only_the_file_routes_take_more_than_a_mebibyte(edge: Edge, app: RecordingApp) -> None:
+    largest = b"x" * MEBIBYTE
+    assert ask(edge.api_port, "/api/v1/orders", "POST", body=largest).status == 200
+    assert app.requests.pop().body == largest
+    for path in ("/api/v1/orders", "/api/v1/dicom/uploads", "/fhir/x", "/dicom-web/studies"):
+        answer = ask(edge.api_port, path, "POST", body=largest + b"x")
+        assert answer.status == 413
+        answer.problem()
+    assert app.requests == []
+    for name in FILE_ROUTES:
+        path = f"/api/v1/dicom/{name}"
+        assert ask(edge.api_port, path + "?x=1", "POST", body=largest * 3).status == 200
+        seen = app.requests.pop()
+        assert (seen.path, len(seen.body)) == (path + "?x=1", 3 * MEBIBYTE)
+
+
+@pytest.mark.parametrize("name", ["orders", "dicom/upload"])
+def test_a_body_may_come_in_chunks(edge: Edge, app: RecordingApp, name: str) -> None:
+    head = f"POST /api/v1/{name} HTTP/1.1\r\nHost: edge\r\nConnection: close\r\n".encode()
+    head += b"Transfer-Encoding: chunked\r\n\r\n"
+    assert send_raw(edge.api_port, head + b"3\r\nabc\r\n2\r\nde\r\n0\r\n\r\n").status == 200
+    assert app.requests.pop().body == b"abcde"
+    large = b"100001\r\n" + b"x" * (MEBIBYTE + 1) + b"\r\n0\r\n\r\n"
+    answer = send_raw(edge.api_port, head + large)
+    if name == "orders":
+        assert answer.status == 413
+        answer.problem()
+        assert app.requests == []
+    else:
+        assert answer.status == 200
+        assert len(app.requests.pop().body) == MEBIBYTE + 1
+
+
+def unfinished_post(port: int, path: str, client: str) -> socket.socket:
+    """A connection from this address that has sent 1 of 100 bytes."""
+    connection = socket.create_connection((LOOPBACK, port), timeout=5, source_address=(client, 0))
+    connection.sendall(
+        f"POST {path} HTTP/1.1\r\nHost: edge\r\nContent-Length: 100\r\n\r\nx".encode()
+    )
+    return connection
+
+
+def status_for(port: int, path: str, client: str) -> int:
+    """How a client with this address is answered."""
+    connection = http.client.HTTPConnection(LOOPBACK, port, 5, source_address=(client, 0))
+    try:
+        connection.request("GET", path)
+        return connection.getresponse().status
+    finally:
+        connection.close()
+
+
+@pytest.fixture
+def many_files() -> Iterator[None]:
+    """We may have 4,096 files open, or the test is skipped."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, 4096), hard))
+    except ValueError:
+        pytest.skip("this user may not have 4,096 files open")
+    yield
+    resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+def test_two_thousand_slow_senders_close_nothing(
+    edge: Edge, app: RecordingApp, many_files: None
+) -> None:
+    senders, allowed = 2200, 512
+    with ExitStack() as open_connections:
+        upload = open_connections.enter_context(
+            unfinished_post(edge.api_port, "/api/v1/dicom/upload", "127.0.0.3")
+        )
+        slow = []
+        began = time.monotonic()
+        for _ in range(senders):
+            connection = unfinished_post(edge.api_port, "/api/v1/orders", LOOPBACK)
+            slow.append(open_connections.enter_context(connection))
+
+        refused = ask(edge.api_port, "/api/v1/orders")
+        assert refused.status == 429
+        assert refused.one("retry-after")
+        refused.problem()
+        assert status_for(edge.api_port, "/api/v1/orders", "127.0.0.2") == 200
+        assert status_for(edge.viewer_port, f"/s/{CTX}/status", LOOPBACK) == 200
+        assert len(app.requests) == 2  # these two: none of the unfinished ones
+
+        # Those beyond the limit are answered at once, the others given up after 15 s.
+        poll = select.poll()
+        for connection in slow:
+            poll.register(connection, select.POLLIN)
+        while len(poll.poll(0)) < senders - allowed:
+            assert time.monotonic() < began + 10, "too many are let in"
+            time.sleep(0.1)
+        assert len(poll.poll(0)) == senders - allowed
+        while len(poll.poll(0)) < senders:
+            assert time.monotonic() < began + 30, "slow senders are kept"
+            time.sleep(0.1)
+        assert time.monotonic() > began + 14
+        assert sum(connection.recv(20) == b"" for connection in slow) == allowed
+        assert status_for(edge.api_port, "/api/v1/orders", LOOPBACK) == 200
+
+        # An upload may pause for longer.
+        upload.sendall(b"x" * 99)
+        assert upload.recv(12) == b"HTTP/1.1 200"
+
+
+class ExhaustedEdge(Edge):
+    """An edge that runs out of connections soon."""
+
+    def _render(self) -> str:
+        template = super()._render().replace("worker_processes 2;", "worker_processes 1;")
+        return template.replace("worker_connections 8192;", "worker_connections 32;")
+
+
+def test_an_exhausted_edge_logs_no_launch_code(
+    recorder: RecordingApp, orthanc: OrthancServer, viewer_files: Path, tmp_path: Path
+) -> None:
+    edge = ExhaustedEdge(
+        tmp_path,
+        api_port=free_port(),
+        viewer_port=free_port(),
+        app_port=recorder.port,
+        orthanc=orthanc,
+        ohif_dir=viewer_files,
+    )
+    request = b"GET /viewer?seconds=1&launch=one-time-code HTTP/1.1\r\nHost: edge\r\nConnection: close\r\n\r\n"
+    with edge, ExitStack() as open_connections:
+        waiting = []
+        for _ in range(20):
+            connection = socket.create_connection((LOOPBACK, edge.viewer_port), timeout=5)
+            waiting.append(open_connections.enter_context(connection))
+            connection.sendall(request[:-2])
+        time.sleep(0.2)  # nginx has read them all
+        for connection in waiting:
+            connection.sendall(request[-2:])
+        answers = [connection.recv(12) for connection in waiting]
+    assert b"HTTP/1.1 200" in answers
+    assert b"HTTP/1.1 503" in answers  # it had no connection left to ask the app by
+    for log in (edge.access_log_path, edge.log_path):
+        assert "one-time-code" not in log.read_text()
+
+
+class ConfinedEdge(Edge):
+    """An edge that may open fewer files than it would like to."""
+
+    def _prepare(self) -> tuple[Sequence[str | Path], Mapping[str, str]]:
+        command, environment = super()._prepare()
+        confined = ["prlimit", "--nofile=1024:1024", "--"]
+        if os.geteuid() == 0:  # root may raise a hard limit, unless it is told not to
+            confined += ["setpriv", "--bounding-set=-sys_resource", "--"]
+        return [*confined, *command], environment
+
+
+def test_the_edge_starts_where_fewer_files_may_be_open(
+    recorder: RecordingApp, orthanc: OrthancServer, viewer_files: Path, tmp_path: Path
+) -> None:
+    with ConfinedEdge(
+        tmp_path,
+        api_port=free_port(),
+        viewer_port=free_port(),
+        app_port=recorder.port,
+        orthanc=orthanc,
+        ohif_dir=viewer_files,
+    ) as edge:
+        assert ask(edge.api_port, "/api/x").status == 200
+        assert "setrlimit(RLIMIT_NOFILE, 16384) failed" in edge.log_path.read_text()
 
 
 # ------------------------------------------------------------------------------ logs, template

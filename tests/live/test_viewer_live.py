@@ -95,7 +95,7 @@ async def test_a_link_opens_once(through_edge: Edged, browser: httpx.AsyncClient
     assert again.headers["content-type"].startswith("text/html")
     assert "no-store" in again.headers["cache-control"]
     assert "set-cookie" not in again.headers
-    for bad in ("unknown", "%00", "x" * 200):
+    for bad in ("unknown", "x" * 200):
         answer = await browser.get(f"/viewer?launch={bad}")
         assert answer.status_code in (404, 422), bad
         assert "set-cookie" not in answer.headers
