@@ -966,7 +966,8 @@ def test_an_exhausted_edge_logs_no_launch_code(
         orthanc=orthanc,
         ohif_dir=viewer_files,
     )
-    request = b"GET /viewer?seconds=1&launch=one-time-code HTTP/1.1\r\nHost: edge\r\nConnection: close\r\n\r\n"
+    request = b"GET /viewer?seconds=1&launch=one-time-code HTTP/1.1\r\nHost: edge\r\n"
+    request += b"Connection: close\r\n\r\n"
     with edge, ExitStack() as open_connections:
         waiting = []
         for _ in range(20):
