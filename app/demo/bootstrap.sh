@@ -155,6 +155,8 @@ missing_packages() {
 	if [ "$mode" = test ]; then
 		has initdb || exists /usr/lib/postgresql/1[5-9]/bin/initdb || echo postgresql
 		has chromium || echo chromium
+		# The browser tests' driver brings a Node.js of its own, which needs it.
+		exists /usr/lib/*/libatomic.so.1 /usr/lib64/libatomic.so.1 || echo libatomic1
 		has storescu || echo dcmtk
 	fi
 }

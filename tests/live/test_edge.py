@@ -883,6 +883,16 @@ def unfinished_post(port: int, path: str, client: str) -> socket.socket:
     return connection
 
 
+def unread_bytes(port: int) -> int:
+    """What waits in the sockets of a local port to be read (proc(5), /proc/net/tcp)."""
+    waiting = 0
+    for line in Path("/proc/net/tcp").read_text().splitlines()[1:]:
+        local, state, queues = (line.split()[column] for column in (1, 3, 4))
+        if int(local.partition(":")[2], 16) == port and state == "01":
+            waiting += int(queues.partition(":")[2], 16)
+    return waiting
+
+
 def status_for(port: int, path: str, client: str) -> int:
     """How a client with this address is answered."""
     connection = http.client.HTTPConnection(LOOPBACK, port, 5, source_address=(client, 0))
@@ -974,7 +984,10 @@ def test_an_exhausted_edge_logs_no_launch_code(
             connection = socket.create_connection((LOOPBACK, edge.viewer_port), timeout=5)
             waiting.append(open_connections.enter_context(connection))
             connection.sendall(request[:-2])
-        time.sleep(0.2)  # nginx has read them all
+        deadline = time.monotonic() + 5
+        while unread_bytes(edge.viewer_port) > 0:  # until nginx has read them all
+            assert time.monotonic() < deadline, "nginx does not read"
+            time.sleep(0.01)
         for connection in waiting:
             connection.sendall(request[-2:])
         answers = [connection.recv(12) for connection in waiting]

@@ -146,19 +146,20 @@ async def test_a_wrong_claim_is_refused(wrong: dict[str, Any], shared: TokenVeri
 
 
 @pytest.mark.parametrize(
-    "fine",
-    [
-        {"aud": ["others", "lightbox"]},
-        {"exp": now - LEEWAY // 2},
-        {"nbf": now - HOUR},
-        {"nbf": now + LEEWAY // 2},
-        {"iat": now},
-        {"jti": "1", "anything": {"else": []}},
-    ],
-    ids=str,
+    "fine", [{"aud": ["others", "lightbox"]}, {"jti": "1", "anything": {"else": []}}], ids=str
 )
-async def test_clocks_may_differ_a_little(fine: dict[str, Any], shared: TokenVerifier) -> None:
+async def test_what_else_a_token_may_say(fine: dict[str, Any], shared: TokenVerifier) -> None:
     assert (await shared.principal(signed(SHARED, **fine))).sub == "clinician"
+
+
+@pytest.mark.parametrize(
+    ("claim", "seconds"),
+    [("exp", -LEEWAY // 2), ("nbf", -HOUR), ("nbf", LEEWAY // 2), ("iat", 0)],
+)
+async def test_clocks_may_differ_a_little(claim: str, seconds: int, shared: TokenVerifier) -> None:
+    """Counted from now, not from when the tests were collected."""
+    times = {claim: int(time.time()) + seconds}
+    assert (await shared.principal(signed(SHARED, **times))).sub == "clinician"
 
 
 @pytest.mark.parametrize(
