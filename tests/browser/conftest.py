@@ -97,9 +97,13 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Demo]:
     running.stop()
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def chromium() -> Iterator[Browser]:
-    """Debian's Chromium, rendering in software as there is no GPU."""
+    """Debian's Chromium, rendering in software as there is no GPU.
+
+    For a module, not the session: while it lives, Playwright's event loop does, too, and no
+    asynchronous test can run.
+    """
     program = find_program("chromium", ("/usr/bin/chromium",), "chromium")
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(
