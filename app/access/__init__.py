@@ -7,6 +7,7 @@ route asks the gate.
 
 from app.access.gate import Denial, Gate, PatientAccess, RoleAccess, Subject, VisiblePatients
 from app.access.guards import Caller, Grant, Guard, Public, Visible
+from app.access.policy import POLICY, Reason, Relation, decide
 
 __all__ = [
     "POLICY",

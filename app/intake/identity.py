@@ -49,7 +49,9 @@ def differences(
     """
     patient, order, theirs = access.patient, access.order, header.patient
     issuer = (theirs.issuer if theirs else "") or authority
-    agrees = issuer == patient.mrn_issuer or (not issuer and not ambiguous)
+    # A patient registered without issuer is of the site's own authority, too.
+    ours = patient.mrn_issuer or authority
+    agrees = issuer == ours or (not issuer and not ambiguous)
     pairs: dict[str, tuple[str, str]] = {}
     if theirs is None or theirs.value != patient.mrn or not agrees:
         name = person_name(patient.last_name, patient.first_name)
