@@ -5,9 +5,11 @@ nothing of a client's path, query or headers is ever passed on. Its answers are 
 they are believed, and its error bodies never leave this module.
 """
 
+import asyncio
 import json
 import re
 from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any, BinaryIO, Self
 
@@ -19,6 +21,7 @@ from app.errors import Conflict, MalformedDicom, NotFound, OrthancUnavailable
 from app.settings import Settings
 
 CHUNK_BYTES = 256 * 1024
+PROMPT_SECONDS = 3.0
 _ORTHANC_ID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{8}){4}")
 # Orthanc closes idle connections after 1 s: drop ours earlier, or a request meets a closed one.
 _LIMITS = httpx.Limits(max_connections=20, keepalive_expiry=0.8)
@@ -207,6 +210,19 @@ class Orthanc:
         if status == 507:
             raise OrthancUnavailable("The image archive has no room left. Nothing was stored.")
         raise OrthancUnavailable("The image archive answered with an error. Try again in a moment.")
+
+
+@asynccontextmanager
+async def promptly() -> AsyncIterator[None]:
+    """For what is asked while a database lock is held: other callers wait for that lock.
+
+    Raises OrthancUnavailable after `PROMPT_SECONDS`.
+    """
+    try:
+        async with asyncio.timeout(PROMPT_SECONDS):
+            yield
+    except TimeoutError as error:
+        raise OrthancUnavailable("The image archive takes too long. Try again soon.") from error
 
 
 async def _chunks(file: BinaryIO) -> AsyncIterator[bytes]:

@@ -29,7 +29,7 @@ from app.intake import identity, records
 from app.intake.identity import Differences
 from app.intake.records import patient_id_of
 from app.models import Instance, OrderStatus, Patient
-from app.orthanc import Orthanc, Stored
+from app.orthanc import Orthanc, Stored, promptly
 from app.settings import Settings
 
 CHUNK_BYTES = 1024 * 1024
@@ -127,7 +127,9 @@ class Intake:
         try:
             self._check_ids(header, stored)
             await records.link(access, header, stored, digest, found)
-            if not await self._orthanc.holds_instance(stored.instance_id):
+            async with promptly():
+                held = await self._orthanc.holds_instance(stored.instance_id)
+            if not held:
                 # A deletion, or the undoing of another upload, was faster.
                 raise Conflict("The study was deleted at the same moment; send the file again.")
             await access.session.commit()

@@ -4,15 +4,16 @@ from datetime import date, datetime
 from typing import Annotated, Any
 from uuid import UUID
 
+import sqlalchemy as sa
 from fastapi import Depends, Path, Query, Request, Response
 from pydantic import BaseModel
 
 from app import linking
 from app.access import Grant, PatientAccess, Subject, Visible, VisiblePatients
 from app.audit import Action
-from app.errors import Unprocessable
+from app.errors import Conflict, Unprocessable
 from app.linking import StudyFilter, StudySummary
-from app.orthanc import Orthanc
+from app.orthanc import Orthanc, promptly
 from app.routes.paging import Cursor, Limit, link_next, read_cursor
 from app.routing import AccessRouter
 from app.viewer import Viewer
@@ -187,9 +188,13 @@ async def delete_study(
     await access.release()
     await orthanc.delete_study(access.study.orthanc_id)
     ended = await viewer.end_study_sessions(access)
-    gone = await linking.forget_study(access)
+    try:
+        gone = await linking.forget_study(access)
+    except sa.exc.IntegrityError as error:
+        raise Conflict("Images arrived at the same moment; delete the study again.") from error
     # What an upload brought in meanwhile; one that comes later finds the study gone, and waits.
-    await orthanc.delete_study(access.study.orthanc_id)
+    async with promptly():
+        await orthanc.delete_study(access.study.orthanc_id)
     await access.done(
         detail={
             "reason": reason.strip(),

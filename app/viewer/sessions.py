@@ -26,7 +26,7 @@ from app.db import Database, utcnow
 from app.errors import Gone, LightboxError, NotFound, Unauthenticated
 from app.identity import Principal, Role
 from app.linking import StudySummary
-from app.models import LaunchSession, LaunchStudy
+from app.models import LaunchSession, LaunchStudy, Order, OrderStatus
 from app.orthanc import Orthanc
 from app.settings import Settings
 from app.viewer.endings import ENDED_SENTENCES, EndedBecause, SessionOver, end_sessions
@@ -376,6 +376,14 @@ class Viewer:
             roles=frozenset(Role(role) for role in launch.actor_roles.split(",") if role),
             site=launch.actor_site,
         )
+        if launch.order_id is not None:
+            # Cancelled while the link was being made: `end_order_sessions` could not see it yet.
+            order = await session.get(Order, launch.order_id)
+            if order is None or order.status == OrderStatus.CANCELLED:
+                because = EndedBecause.ORDER_CANCELLED
+                await end_sessions(session, [launch], because, origin, actor="")
+                await session.commit()
+                raise SessionOver(because)
         try:
             return await self._gate.patient_access(
                 session,

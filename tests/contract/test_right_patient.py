@@ -5,11 +5,13 @@ import json
 from io import BytesIO
 from pathlib import Path
 from typing import Any
+from uuid import UUID
 
 import pydicom
 import pytest
 from pydicom.uid import generate_uid
 
+from app.models import Order, OrderStatus
 from tests.fake_orthanc import URL, FakeOrthanc
 from tests.images import ct_image
 from tests.lightbox import Lightbox, World, make_settings, running
@@ -194,3 +196,17 @@ async def test_an_archive_that_hangs_stops_only_who_needs_it(
     assert not any(each.done() for each in waiting)
     fake_orthanc.held.set()
     assert [each.status_code for each in await asyncio.gather(*waiting)] == [200] * 40
+
+
+async def test_an_order_cancelled_while_its_link_was_made_opens_nothing(
+    lightbox: Lightbox, world: World
+) -> None:
+    """Cancelled behind the session's back, and the clinician has another order of the patient."""
+    await lightbox.order(world.mine)
+    opened = await lightbox.open(f"/order/{world.my_order['id']}")
+    async with lightbox.app.state.database.session() as session:
+        order = await session.get(Order, UUID(world.my_order["id"]))
+        order.status = OrderStatus.CANCELLED
+        session.add(order)
+        await session.commit()
+    assert (await opened.get("/studies")).status_code == 403
