@@ -20,6 +20,7 @@ from app.models import (
     OrderStudy,
     Patient,
     Series,
+    SeriesMetadata,
     Study,
 )
 
@@ -232,7 +233,7 @@ async def forget_study(access: PatientAccess) -> Unlinked:
         .order_by(Instance.sop_instance_uid)
     )
     sop_instance_uids = list(instances)
-    for table in (OrderStudy, Instance, Series, Study):
+    for table in (OrderStudy, SeriesMetadata, Instance, Series, Study):
         await access.session.exec(sa.delete(table).where(col(table.study_instance_uid) == uid))
     return Unlinked(
         series_count=len(summary.series),

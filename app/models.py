@@ -4,8 +4,10 @@ An empty string means that the value is absent, as in DICOM type 2; None only wh
 of a time or a person matters. All times are UTC.
 """
 
+import unicodedata
 from datetime import UTC, date, datetime
 from enum import StrEnum
+from secrets import token_hex
 from typing import Any
 from uuid import UUID, uuid4
 
@@ -34,6 +36,16 @@ class UtcDateTime(sa.types.TypeDecorator[datetime]):
         return value.replace(tzinfo=UTC) if value.tzinfo is None else value.astimezone(UTC)
 
 
+def new_generation() -> str:
+    """A name that was never used before."""
+    return token_hex(8)
+
+
+def folded(text: str) -> str:
+    """Text as searches compare it: without case, accents composed, no padding at the end."""
+    return unicodedata.normalize("NFC", text).casefold().rstrip("^ ")
+
+
 class OrderStatus(StrEnum):
     """Where an order stands, as the EHR says."""
 
@@ -50,6 +62,12 @@ _STATUS_TYPE: Any = sa.Enum(
     length=16,
     values_callable=lambda states: [each.value for each in states],
 )
+
+
+# For rows that were there before the column was.
+EMPTY = {"server_default": sa.text("''")}
+# DICOM JSON of what else a search shows of a study, series or instance.
+ATTRIBUTES: Any = Field(default="{}", sa_column_kwargs={"server_default": "{}"})
 
 
 class Patient(SQLModel, table=True):
@@ -120,6 +138,12 @@ class Study(SQLModel, table=True):
     study_time: str = ""
     study_description: str = ""
     accession_number: str = Field(default="", index=True)
+    # PatientName and StudyDescription as searches compare them: case folded (PS3.4 C.2.2.2.1).
+    folded_name: str = Field(default="", index=True, sa_column_kwargs=EMPTY)
+    folded_description: str = Field(default="", sa_column_kwargs=EMPTY)
+    attributes: str = ATTRIBUTES
+    # Another study under the same UID, after a deletion say, has another.
+    generation: str = Field(default_factory=new_generation, max_length=32, sa_column_kwargs=EMPTY)
     created_at: datetime = Field(default_factory=utcnow, sa_type=UtcDateTime, index=True)
 
 
@@ -133,6 +157,18 @@ class Series(SQLModel, table=True):
     modality: str = ""
     series_number: int | None = None
     series_description: str = ""
+    attributes: str = ATTRIBUTES
+
+
+class SeriesMetadata(SQLModel, table=True):
+    """The DICOM JSON of a series as Orthanc made it, checked, and good while `stamp` holds."""
+
+    __tablename__ = "series_metadata"
+
+    series_instance_uid: str = Field(primary_key=True, max_length=64)
+    study_instance_uid: str = Field(index=True, max_length=64)
+    stamp: str = Field(max_length=64)
+    body: bytes  # gzip
 
 
 class Instance(SQLModel, table=True):
@@ -149,6 +185,10 @@ class Instance(SQLModel, table=True):
     sop_class_uid: str = Field(max_length=64)
     transfer_syntax_uid: str = Field(max_length=64)
     number_of_frames: int = 1
+    instance_number: int | None = None
+    rows: int | None = None  # 0: no pixels; None: taken in before this was kept
+    columns: int | None = None
+    attributes: str = ATTRIBUTES
     received_sha256: str = Field(max_length=64)  # of the file as the sender sent it
     received_by: str
     received_at: datetime = Field(default_factory=utcnow, sa_type=UtcDateTime)

@@ -7,6 +7,7 @@ Synchronous, and with memory that does not grow with the file: call it from a th
 """
 
 from .changes import changes_from_json
+from .describe import Described, describe
 from .header import Header, read_header
 from .meta import Element
 from .rewrite import rewrite
@@ -26,12 +27,14 @@ from .values import (
 )
 
 __all__ = [
+    "Described",
     "Element",
     "Header",
     "Limits",
     "PatientIdentifier",
     "Scan",
     "changes_from_json",
+    "describe",
     "new_uid",
     "orthanc_id",
     "parse_code",

@@ -106,7 +106,7 @@ class _Reader:
             series_description=self.text("SeriesDescription"),
             instance_number=self.number("InstanceNumber"),
             number_of_frames=self.scan.frames,
-            specific_character_set=_shown("\\".join(self.charset.terms)),
+            specific_character_set=shown("\\".join(self.charset.terms)),
             meta_agrees=self.meta_agrees(),
         )
         if self.problems:
@@ -146,7 +146,7 @@ class _Reader:
         else:
             cut = element._replace(end=element.value + _LONGEST_VALUE)
             raw = self.whole_characters(value_bytes(self.file, self.scan, cut), vr).rstrip(b"\0 ")
-        return _shown(self.charset.decode_loosely(raw, vr).strip(" "))
+        return shown(self.charset.decode_loosely(raw, vr).strip(" "))
 
     def whole_characters(self, raw: bytes, vr: str) -> bytes:
         """The value, cut anywhere, without the part of a character that it may end with."""
@@ -229,7 +229,7 @@ class _Reader:
         raws = {number: raw for number, _, raw, _ in item if isinstance(raw, bytes)}
         own = raws.get(CHARACTER_SET)
         charset = self.charset if own is None else Charset.of(own)
-        return _shown(charset.decode_loosely(raws.get(tag, b"").rstrip(b"\0 ")).strip(" "))
+        return shown(charset.decode_loosely(raws.get(tag, b"").rstrip(b"\0 ")).strip(" "))
 
     def number(self, keyword: str) -> int | None:
         text = self.text(keyword)
@@ -237,7 +237,7 @@ class _Reader:
         return number if number is None or -(2**31) <= number < 2**31 else None  # PS3.5 6.2, IS
 
 
-def _shown(text: str) -> str:
+def shown(text: str) -> str:
     """Without control characters: no database holds U+0000, and no list should show the rest."""
     if text.isprintable():
         return text

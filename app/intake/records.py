@@ -1,15 +1,16 @@
 """What is known of a stored file: its study, series, instance, and the orders it answers."""
 
+import json
 from typing import Any
 
 from sqlmodel import select
 
 from app.access import PatientAccess
 from app.db import insert_if_absent
-from app.dicom import Header
+from app.dicom import Described, Header
 from app.errors import Conflict
 from app.intake.identity import Differences
-from app.models import Instance, Order, OrderStudy, Patient, Series, Study
+from app.models import Instance, Order, OrderStudy, Patient, Series, Study, folded, new_generation
 from app.orthanc import Stored
 
 
@@ -77,6 +78,7 @@ async def link(
     stored: Stored,
     digest: str,
     differences: Differences,
+    described: Described,
 ) -> None:
     """Write study, series, instance, link and record. Raises Conflict if another was faster."""
     session, uid = access.session, header.study_instance_uid
@@ -95,6 +97,10 @@ async def link(
             study_time=header.study_time,
             study_description=header.study_description,
             accession_number=header.accession_number,
+            folded_name=folded(header.patient_name),
+            folded_description=folded(header.study_description),
+            attributes=_json(described.study),
+            generation=new_generation(),
         )
     )
     await session.exec(
@@ -106,6 +112,7 @@ async def link(
             modality=header.modality,
             series_number=header.series_number,
             series_description=header.series_description,
+            attributes=_json(described.series),
         )
     )
     await session.exec(
@@ -119,6 +126,10 @@ async def link(
             sop_class_uid=header.sop_class_uid,
             transfer_syntax_uid=header.transfer_syntax_uid,
             number_of_frames=header.number_of_frames,
+            instance_number=header.instance_number,
+            rows=described.rows,
+            columns=described.columns,
+            attributes=_json(described.instance),
             received_sha256=digest,
             received_by=access.principal.sub,
         )
@@ -157,3 +168,7 @@ async def link(
     if differences and stored.new:
         detail["coerced"] = differences
     await access.done(study_instance_uid=uid, detail=detail)
+
+
+def _json(attributes: dict[str, Any]) -> str:
+    return json.dumps(attributes, separators=(",", ":"), ensure_ascii=False)

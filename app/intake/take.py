@@ -23,7 +23,17 @@ from sqlmodel import col, select
 
 from app.access import Denial, PatientAccess, RoleAccess, Subject
 from app.audit import Action
-from app.dicom import Header, Limits, Scan, orthanc_id, read_header, read_tags, rewrite, scan
+from app.dicom import (
+    Header,
+    Limits,
+    Scan,
+    describe,
+    orthanc_id,
+    read_header,
+    read_tags,
+    rewrite,
+    scan,
+)
 from app.errors import Conflict, LightboxError, NotFound, Unprocessable
 from app.intake import identity, records
 from app.intake.identity import Differences
@@ -39,11 +49,12 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Target:
-    """What the sender said the file belongs to. Neither: its PatientID decides."""
+    """What the sender said the file belongs to. Neither order nor patient: its PatientID decides."""
 
     order_id: UUID | None = None
     patient_id: UUID | None = None
     coerce: bool = False
+    study_instance_uid: str | None = None  # None: any study
 
 
 @dataclass(frozen=True)
@@ -84,7 +95,12 @@ class Intake:
         """
         with await anyio.to_thread.run_sync(self.scan, file) as scanned:
             header = await anyio.to_thread.run_sync(read_header, file, scanned)
+            described = await anyio.to_thread.run_sync(describe, file, scanned)
             await anyio.to_thread.run_sync(_refuse_wide_big_endian, file, scanned)
+            if target.study_instance_uid not in (None, header.study_instance_uid):
+                raise Conflict(
+                    "The file's StudyInstanceUID is not the one it was sent to. Nothing was stored."
+                )
             access = await self._admit(caller, header, target)
             found = identity.differences(
                 access,
@@ -126,7 +142,7 @@ class Intake:
             warnings = ["The archive keeps the file as it first came; nothing was rewritten."]
         try:
             self._check_ids(header, stored)
-            await records.link(access, header, stored, digest, found)
+            await records.link(access, header, stored, digest, found, described)
             async with promptly():
                 held = await self._orthanc.holds_instance(stored.instance_id)
             if not held:
