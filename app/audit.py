@@ -45,6 +45,7 @@ class Action(StrEnum):
     STUDY_DELETE = "study:delete"
     STUDY_LIST = "study:list"
     STUDY_READ = "study:read"
+    STUDY_RETRIEVE = "study:retrieve"
     STUDY_UPLOAD = "study:upload"
     STUDY_VIEW = "study:view"
     TAGS_MODIFY = "tags:modify"

@@ -4,10 +4,12 @@ LightboxError                     status  said to the caller as RFC 9457 problem
 ├── Unauthenticated                  401  no token, or one that doesn't hold
 ├── Forbidden                        403  a valid caller without the right
 ├── NotFound                         404  nothing of that name for this caller
+├── NotAcceptable                    406  none of the media types that are accepted
 ├── Gone                             410  a link that was used, is late, or was revoked
 ├── Conflict                         409  contradicts what is stored
 │   └── PatientMismatch              409  the file belongs to another patient
 ├── TooLarge                         413  larger than the configured limit
+├── UnsupportedMediaType             415  a body of a type that is not taken here
 ├── NotDicom                         415  not a DICOM file
 ├── Unprocessable                    422  the request's own form
 │   └── MalformedDicom               422  DICOM, but truncated, too deep, or with bad values
@@ -62,6 +64,12 @@ class NotFound(LightboxError):
     slug = "not-found"
 
 
+class NotAcceptable(LightboxError):
+    status = 406
+    title = "Not acceptable"
+    slug = "not-acceptable"
+
+
 class Gone(LightboxError):
     status = 410
     title = "No longer valid"
@@ -83,6 +91,12 @@ class TooLarge(LightboxError):
     status = 413
     title = "Too large"
     slug = "too-large"
+
+
+class UnsupportedMediaType(LightboxError):
+    status = 415
+    title = "Unsupported media type"
+    slug = "unsupported-media-type"
 
 
 class NotDicom(LightboxError):

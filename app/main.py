@@ -11,14 +11,26 @@ from fastapi import FastAPI
 from fastapi_offline import FastAPIOffline
 
 from app import __version__, problems
-from app.access import Gate
+from app.access import Gate, StudyGate
 from app.audit import AuditTrail, Origin
-from app.db import Database
+from app.db import Database, Reader
+from app.dicomweb import Freshness, Metadata
 from app.errors import LightboxError
 from app.identity import TokenVerifier
 from app.intake import Intake
 from app.orthanc import Orthanc
-from app.routes import admin, audit, dicomweb, health, orders, patients, studies, uploads, viewer
+from app.routes import (
+    admin,
+    audit,
+    dicomweb,
+    health,
+    orders,
+    patients,
+    stow,
+    studies,
+    uploads,
+    viewer,
+)
 from app.settings import Settings
 from app.viewer import Viewer
 
@@ -40,10 +52,12 @@ def create_app(settings: Settings) -> FastAPI:
         # A pool of its own: a request that holds a business connection never waits, for its
         # record, on another request that does the same.
         trail_database = Database(settings.database_url)
+        reader = Reader(settings.database_url)
         orthanc = Orthanc.from_settings(settings)
         async with httpx.AsyncClient(timeout=10.0) as client:
             try:
                 await database.verify()
+                await reader.open()
                 verifier = TokenVerifier(settings, client)
                 gate = Gate(database, AuditTrail(trail_database), verifier)
                 app.state.settings = settings
@@ -51,7 +65,10 @@ def create_app(settings: Settings) -> FastAPI:
                 app.state.orthanc = orthanc
                 app.state.gate = gate
                 app.state.intake = Intake(settings, orthanc)
-                app.state.viewer = Viewer(settings, database, gate, orthanc)
+                app.state.studies = StudyGate(reader, gate.trail)
+                app.state.viewer = Viewer(settings, database, gate, orthanc, reader)
+                app.state.freshness = Freshness(orthanc)
+                app.state.metadata = Metadata(database, orthanc, app.state.freshness)
                 upkeep = asyncio.create_task(_upkeep(app.state.viewer))
                 try:
                     yield
@@ -59,9 +76,13 @@ def create_app(settings: Settings) -> FastAPI:
                     upkeep.cancel()
                     with suppress(asyncio.CancelledError):
                         await upkeep
-                    await app.state.viewer.flush()
+                    try:
+                        await app.state.viewer.flush()
+                    except sa.exc.SQLAlchemyError as error:
+                        logger.error("the last counts were not written: %s", type(error).__name__)
             finally:
                 await orthanc.close()
+                await reader.close()
                 await database.close()
                 await trail_database.close()
 
@@ -78,6 +99,8 @@ def create_app(settings: Settings) -> FastAPI:
     problems.install(app)
     app.add_middleware(problems.RequestId)
     for each in (
+        # The first is asked first: its routes are those of every image.
+        dicomweb,
         patients,
         orders,
         uploads,
@@ -86,9 +109,10 @@ def create_app(settings: Settings) -> FastAPI:
         health,
         admin,
         audit,
-        dicomweb,
+        stow,
     ):
         app.include_router(each.router)
+    app.include_router(dicomweb.rest)
     return app
 
 

@@ -138,9 +138,11 @@ class Study(SQLModel, table=True):
     study_time: str = ""
     study_description: str = ""
     accession_number: str = Field(default="", index=True)
-    # PatientName and StudyDescription as searches compare them: case folded (PS3.4 C.2.2.2.1).
+    # Names and StudyDescription as searches compare them: case folded (PS3.4 C.2.2.2.1).
     folded_name: str = Field(default="", index=True, sa_column_kwargs=EMPTY)
     folded_description: str = Field(default="", sa_column_kwargs=EMPTY)
+    folded_referring_physician: str = Field(default="", sa_column_kwargs=EMPTY)
+    study_id: str = Field(default="", sa_column_kwargs=EMPTY)
     attributes: str = ATTRIBUTES
     # Another study under the same UID, after a deletion say, has another.
     generation: str = Field(default_factory=new_generation, max_length=32, sa_column_kwargs=EMPTY)

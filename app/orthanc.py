@@ -16,15 +16,14 @@ from typing import Any, BinaryIO, Self
 import anyio.to_thread
 import httpx
 from pyorthanc import AsyncOrthanc
+from python_multipart.multipart import parse_options_header
 
-from app.errors import Conflict, MalformedDicom, NotFound, OrthancUnavailable
+from app.errors import Conflict, MalformedDicom, NotAcceptable, NotFound, OrthancUnavailable
 from app.settings import Settings
 
 CHUNK_BYTES = 256 * 1024
 PROMPT_SECONDS = 3.0
 _ORTHANC_ID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{8}){4}")
-# Orthanc closes idle connections after 1 s: drop ours earlier, or a request meets a closed one.
-_LIMITS = httpx.Limits(max_connections=20, keepalive_expiry=0.8)
 
 
 @dataclass(frozen=True)
@@ -55,26 +54,32 @@ class Orthanc:
     we didn't provoke, or with something that makes no sense.
     """
 
-    def __init__(self, client: AsyncOrthanc) -> None:
+    def __init__(self, client: AsyncOrthanc, transfers: AsyncOrthanc) -> None:
         self._client = client
+        # Connections of their own for what slow readers may hold up.
+        self._transfers = transfers
 
     @classmethod
     def from_settings(cls, settings: Settings) -> Self:
-        return cls(
-            AsyncOrthanc(
+        def client(connections: int) -> AsyncOrthanc:
+            return AsyncOrthanc(
                 settings.orthanc_url,
                 username=settings.orthanc_username,
                 password=settings.orthanc_password.get_secret_value(),
                 return_raw_response=True,
                 timeout=httpx.Timeout(settings.orthanc_timeout_seconds, connect=5.0),
-                limits=_LIMITS,
+                # Orthanc closes idle connections after 1 s: drop ours earlier, or a request meets
+                # a closed one.
+                limits=httpx.Limits(max_connections=connections, keepalive_expiry=0.8),
                 trust_env=False,
                 headers={"Accept-Encoding": "identity"},
             )
-        )
+
+        return cls(client(20), client(12))
 
     async def close(self) -> None:
         await self._client.aclose()
+        await self._transfers.aclose()
 
     async def version(self) -> str:
         """Orthanc's version."""
@@ -147,6 +152,90 @@ class Orthanc:
                 "have been removed there, or stored for another patient as well). It can't be "
                 "shown until a radiology administrator has looked at it."
             )
+
+    async def study_state(self, orthanc_id: str) -> str:
+        """Number and size of a study's files: what changes whenever one of them does.
+
+        Raises NotFound.
+        """
+        path = f"/studies/{_valid_id(orthanc_id)}/statistics"
+        response = await self._ask("GET", path, pass_on=(404,))
+        if response.status_code == 404:
+            raise NotFound("The image archive does not hold this study any more.")
+        answer = _json(response)
+        return f"{answer.get('CountInstances')} {_field(answer, 'DiskSize', str)}"
+
+    @asynccontextmanager
+    async def file(self, orthanc_id: str) -> AsyncIterator[AsyncIterator[bytes]]:
+        """An instance's file, in chunks. Raises NotFound, also where it has gone meanwhile."""
+        async with self._stream(f"/instances/{_valid_id(orthanc_id)}/file") as chunks:
+            yield chunks
+
+    @asynccontextmanager
+    async def raw_frame(self, orthanc_id: str, number: int) -> AsyncIterator[AsyncIterator[bytes]]:
+        """A frame as it is stored, `number` from 1, in chunks. Raises NotFound."""
+        path = f"/instances/{_valid_id(orthanc_id)}/frames/{number - 1}/raw"
+        async with self._stream(path) as chunks:
+            yield chunks
+
+    @asynccontextmanager
+    async def content(self, orthanc_id: str, path: str) -> AsyncIterator[AsyncIterator[bytes]]:
+        """The bytes of one element, by Orthanc's own path of it, in chunks. Raises NotFound."""
+        async with self._stream(f"/instances/{_valid_id(orthanc_id)}/content/{path}") as chunks:
+            yield chunks
+
+    async def plain_frame(
+        self, study_uid: str, series_uid: str, sop_uid: str, number: int
+    ) -> bytes:
+        """A compressed frame, decompressed (Explicit VR Little Endian). The UIDs must be valid.
+
+        Raises NotAcceptable where Orthanc has no decoder for it.
+        """
+        path = (
+            f"/dicom-web/studies/{study_uid}/series/{series_uid}/instances/{sop_uid}"
+            f"/frames/{number}"
+        )
+        response = await self._ask(
+            "GET",
+            path,
+            headers={
+                "Accept": 'multipart/related; type="application/octet-stream"; '
+                "transfer-syntax=1.2.840.10008.1.2.1"
+            },
+            pass_on=(400, 404, 406, 415, 500, 501),
+        )
+        if response.status_code != 200:
+            raise NotAcceptable(
+                "The image archive can't decompress this frame; ask for it as it is stored, with "
+                "`transfer-syntax=*`."
+            )
+        return _only_part(response)
+
+    @asynccontextmanager
+    async def plain_frame_chunks(
+        self, study_uid: str, series_uid: str, sop_uid: str, number: int
+    ) -> AsyncIterator[AsyncIterator[bytes]]:
+        """As `plain_frame`, in one chunk."""
+
+        async def chunk() -> AsyncIterator[bytes]:
+            yield await self.plain_frame(study_uid, series_uid, sop_uid, number)
+
+        yield chunk()
+
+    @asynccontextmanager
+    async def _stream(self, path: str) -> AsyncIterator[AsyncIterator[bytes]]:
+        try:
+            async with self._transfers.stream("GET", f"{self._transfers.url}{path}") as response:
+                # What Orthanc can't cut into frames now it will not be able to later either.
+                if response.status_code in (400, 404, 406, 415):
+                    raise NotFound("The image archive does not hold this, or can't cut it out.")
+                if response.status_code != 200:
+                    raise OrthancUnavailable("The image archive answered with an error.")
+                yield response.aiter_raw(CHUNK_BYTES)
+        except (httpx.HTTPError, httpx.StreamError) as error:
+            raise OrthancUnavailable(
+                "The image archive does not answer. Try again in a moment."
+            ) from error
 
     async def instance_md5(self, orthanc_id: str) -> str:
         """MD5 of an instance's file as it is stored, in hexadecimal; empty if it has gone."""
@@ -258,6 +347,17 @@ def _valid_id(orthanc_id: str) -> str:
     if not _ORTHANC_ID.fullmatch(orthanc_id):
         raise ValueError(f"not an Orthanc id: {orthanc_id!r}")
     return orthanc_id
+
+
+def _only_part(response: httpx.Response) -> bytes:
+    """The body of the one part of a multipart answer, whole or not at all."""
+    _, options = parse_options_header(response.headers.get("content-type", ""))
+    boundary = b"--" + options.get(b"boundary", b"")
+    head, blank, rest = response.content.partition(b"\r\n\r\n")
+    body, end, _ = rest.rpartition(b"\r\n" + boundary + b"--")
+    if len(boundary) <= 2 or not blank or not end or not head.lstrip().startswith(boundary):
+        raise _nonsense()
+    return body
 
 
 def _nonsense() -> OrthancUnavailable:

@@ -65,6 +65,11 @@ def problem(
     )
 
 
+def method_not_allowed(request: Request) -> Response:
+    """405, as for any other address."""
+    return problem(request, 405, _TITLES[405], _DETAILS[405], headers={"Allow": "GET, HEAD"})
+
+
 def of_error(request: Request, error: LightboxError) -> ProblemResponse:
     """The answer to one of our own errors."""
     headers: dict[str, str] = {}

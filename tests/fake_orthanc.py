@@ -71,6 +71,15 @@ class FakeOrthanc:
                 _ids(each)[1] for each in self.instances.values() if each.StudyInstanceUID == uid
             }
             return httpx.Response(200, json=[{"Type": "Study", "ID": each} for each in found])
+        match = re.fullmatch(r"/studies/([0-9a-f-]+)/statistics", path)
+        if match:
+            sizes = [
+                len(self.bodies[key])
+                for key, each in self.instances.items()
+                if _ids(each)[1] == match[1]
+            ]
+            state = {"CountInstances": len(sizes), "DiskSize": str(sum(sizes))}
+            return httpx.Response(200 if sizes else 404, json=state)
         if method == "DELETE":
             return self._delete(path)
         match = re.fullmatch(r"/instances/([0-9a-f-]+)/metadata", path)

@@ -6,21 +6,37 @@ route asks the gate.
 """
 
 from app.access.gate import Denial, Gate, PatientAccess, RoleAccess, Subject, VisiblePatients
-from app.access.guards import Caller, Grant, Guard, Public, Visible
+from app.access.glance import InstanceFacts, StudyAccess, StudyGate
+from app.access.guards import (
+    Caller,
+    DirectGuard,
+    Grant,
+    Guard,
+    Nothing,
+    Public,
+    StudyGrant,
+    Visible,
+)
 from app.access.policy import POLICY, Reason, Relation, decide
 
 __all__ = [
     "POLICY",
     "Caller",
     "Denial",
+    "DirectGuard",
     "Gate",
     "Grant",
     "Guard",
+    "InstanceFacts",
+    "Nothing",
     "PatientAccess",
     "Public",
     "Reason",
     "Relation",
     "RoleAccess",
+    "StudyAccess",
+    "StudyGate",
+    "StudyGrant",
     "Subject",
     "Visible",
     "VisiblePatients",

@@ -48,7 +48,7 @@ class Subject(StrEnum):
     STUDY = "study_instance_uid"
 
 
-_SEAL = object()
+SEAL = object()
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ class PatientAccess:
     seal: object = field(default=None, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        if self.seal is not _SEAL:
+        if self.seal is not SEAL:
             raise TypeError("PatientAccess is made by the guards in app.access only")
 
     def entry(self, outcome: Outcome, **more: Any) -> Entry:
@@ -162,7 +162,7 @@ class Gate:
             order=order,
             study=study,
             ctx=ctx,
-            seal=_SEAL,
+            seal=SEAL,
         )
 
     async def role_check(

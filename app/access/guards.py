@@ -5,6 +5,8 @@ Every route declares exactly one (`app.routing.AccessRouter` refuses it otherwis
 Grant(action, of=Subject.ORDER)   the patient behind a path parameter  -> PatientAccess
 Caller(action)                    no patient, or one named in the body -> RoleAccess
 Visible(action)                   a list                               -> VisiblePatients
+StudyGrant(action)                the study in a DICOMweb path         -> StudyAccess
+Nothing()                         what stands at no address            -> None
 Public("why")                     open to everyone                     -> None
 
 The decision is committed to the audit trail before the handler runs. The guard also is the edge
@@ -13,18 +15,19 @@ is sent, and rolls back when it raises, adding a `failed` record under the same 
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Annotated
+from typing import Annotated, Any, ClassVar
 
 from fastapi import Depends, Request
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 
 from app.access.gate import Gate, PatientAccess, RoleAccess, Subject, VisiblePatients, entry_of
+from app.access.glance import NO_SUCH_STUDY, StudyAccess, StudyGate
 from app.access.policy import visible
 from app.audit import Action, Entry, Origin, Outcome
 from app.db import utcnow
-from app.errors import Unauthenticated, Unprocessable
+from app.errors import NotFound, Unauthenticated, Unprocessable
 from app.identity import Principal
 
 
@@ -39,6 +42,21 @@ class Guard(ABC):
         """Refuse who may not ask at all. FastAPI reads a body before it runs a guard: where that
         fails, `AccessRouter` calls this, so that only an entitled caller hears why."""
         return
+
+
+class DirectGuard(Guard):
+    """A guard that `AccessRouter.direct` asks itself, past FastAPI's dependencies: on the way of
+    every image their machinery would take longer than the decision."""
+
+    security: ClassVar[Sequence[Mapping[str, Sequence[str]]]] = ()
+    """What OpenAPI says a caller has to bring."""
+
+    @abstractmethod
+    async def enter(self, request: Request) -> Any:
+        """What the handler gets as `access`, or one of our errors."""
+
+    async def __call__(self, request: Request) -> Any:
+        return await self.enter(request)
 
 
 class Public(Guard):
@@ -173,11 +191,62 @@ class Caller(Guard):
         return {"guard": guard, "action": self.action.value}
 
 
-class Visible(Guard):
-    """A list: whatever is asked, only patients for whom `action` would be granted."""
+class StudyGrant(DirectGuard):
+    """The caller may do `action` to the study in the path. A study of others, and one that isn't
+    there, are the same to them: 404."""
+
+    security = ({"HTTPBearer": ()},)
 
     def __init__(self, action: Action) -> None:
         self.action = action
+
+    async def enter(self, request: Request) -> StudyAccess:
+        studies: StudyGate = request.app.state.studies
+        principal = await current_principal(request, await _bearer(request))
+        origin = origin_of(request)
+        if not is_plain(request):
+            await studies.refuse(principal, self.action, origin, "not-plain")
+            raise NotFound(NO_SUCH_STUDY)
+        path = request.path_params
+        return await studies.access(
+            principal,
+            self.action,
+            origin,
+            path[Subject.STUDY.value],
+            path.get("series_instance_uid", ""),
+            path.get("sop_instance_uid", ""),
+        )
+
+    def describe(self) -> dict[str, str]:
+        return {"guard": "study", "action": self.action.value, "of": Subject.STUDY.value}
+
+
+class Nothing(DirectGuard):
+    """What stands at no address: refused to everybody, and recorded under who asked."""
+
+    async def enter(self, request: Request) -> None:
+        studies: StudyGate = request.app.state.studies
+        principal = await current_principal(request, await _bearer(request))
+        await studies.refuse(principal, Action.STUDY_VIEW, origin_of(request), "not-enumerated")
+
+    def describe(self) -> dict[str, str]:
+        return {"guard": "nothing"}
+
+
+def is_plain(request: Request) -> bool:
+    """No route of the gateway needs a percent sign: one is a try to be read in two ways."""
+    raw: bytes = request.scope.get("raw_path", b"")
+    return b"%" not in raw and b"\\" not in raw and b"//" not in raw
+
+
+class Visible(Guard):
+    """A list: whatever is asked, only patients for whom `action` would be granted.
+
+    `parses_query`: the handler reads the query itself, and refuses what it does not know."""
+
+    def __init__(self, action: Action, *, parses_query: bool = False) -> None:
+        self.action = action
+        self.parses_query = parses_query
 
     async def __call__(self, request: Request, principal: Signed) -> AsyncIterator[VisiblePatients]:
         gate: Gate = request.app.state.gate
@@ -187,7 +256,8 @@ class Visible(Guard):
         )
         await gate.role_check(principal, entry)
         async with gate.transaction([entry]) as session:
-            refuse_ignored_parameters(request)
+            if not self.parses_query:
+                refuse_ignored_parameters(request)
             condition = visible(principal, self.action, utcnow())
             yield VisiblePatients(session, principal, self.action, origin, gate, condition)
 

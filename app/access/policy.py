@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from enum import StrEnum
+from typing import Any, Protocol
 
 import sqlalchemy as sa
 from sqlmodel import col
@@ -61,6 +62,7 @@ POLICY: Mapping[Role, Mapping[Action, frozenset[Relation]]] = {
         Action.ORDER_READ: TREATS,
         Action.STUDY_LIST: TREATS,
         Action.STUDY_READ: TREATS,
+        Action.STUDY_RETRIEVE: TREATS,
         Action.STUDY_VIEW: TREATS,
     },
     Role.RADIOLOGIST: {
@@ -70,6 +72,7 @@ POLICY: Mapping[Role, Mapping[Action, frozenset[Relation]]] = {
         Action.ORDER_READ: READS,
         Action.STUDY_LIST: READS,
         Action.STUDY_READ: READS,
+        Action.STUDY_RETRIEVE: READS,
         Action.STUDY_VIEW: READS,
         Action.STUDY_UPLOAD: READS,
         Action.STUDY_COERCE: READS,
@@ -84,6 +87,7 @@ POLICY: Mapping[Role, Mapping[Action, frozenset[Relation]]] = {
         Action.ORDER_READ: WORKS_ON,
         Action.STUDY_LIST: WORKS_ON,
         Action.STUDY_READ: WORKS_ON,
+        Action.STUDY_RETRIEVE: WORKS_ON,
         Action.STUDY_VIEW: WORKS_ON,
         Action.STUDY_UPLOAD: READS,
         Action.STUDY_COERCE: READS,
@@ -102,6 +106,7 @@ POLICY: Mapping[Role, Mapping[Action, frozenset[Relation]]] = {
         Action.ORDER_WRITE: ANY_PATIENT,
         Action.STUDY_LIST: ANY_PATIENT,
         Action.STUDY_READ: ANY_PATIENT,
+        Action.STUDY_RETRIEVE: ANY_PATIENT,
         Action.STUDY_VIEW: ANY_PATIENT,
         Action.STUDY_UPLOAD: ANY_PATIENT,
         Action.STUDY_DELETE: ANY_PATIENT,
@@ -133,21 +138,30 @@ def decide(principal: Principal, action: Action, relations: Iterable[Relation] =
     return Decision(allowed=False, reason=Reason.NO_RELATIONSHIP)
 
 
-def clauses(principal: Principal, now: datetime) -> dict[Relation, sa.ColumnElement[bool]]:
+class Tied(Protocol):
+    """Who may be tied to a patient: a `Principal`, or columns that name one."""
+
+    @property
+    def sub(self) -> Any: ...
+    @property
+    def site(self) -> Any: ...
+
+
+def clauses(
+    caller: Tied, now: datetime | sa.ColumnElement[datetime]
+) -> dict[Relation, sa.ColumnElement[bool]]:
     """When each relation holds for the row of `Patient` in the surrounding query."""
     live_order = (
         sa.select(sa.literal(1))
         .where(col(Order.patient_id) == Patient.id, col(Order.status) != OrderStatus.CANCELLED)
         .correlate(Patient)
     )
-    at_site = live_order.where(
-        col(Order.order_type) == "IMAGING", col(Order.site) == principal.site
-    )
+    at_site = live_order.where(col(Order.order_type) == "IMAGING", col(Order.site) == caller.site)
     member = (
         sa.select(sa.literal(1))
         .where(
             col(CareTeamMember.patient_id) == Patient.id,
-            col(CareTeamMember.sub) == principal.sub,
+            col(CareTeamMember.sub) == caller.sub,
             sa.or_(col(CareTeamMember.expires_at).is_(None), col(CareTeamMember.expires_at) > now),
         )
         .correlate(Patient)
@@ -156,16 +170,19 @@ def clauses(principal: Principal, now: datetime) -> dict[Relation, sa.ColumnElem
         sa.select(sa.literal(1))
         .select_from(Instance)
         .join(Study, col(Study.study_instance_uid) == col(Instance.study_instance_uid))
-        .where(col(Study.patient_id) == Patient.id, col(Instance.received_by) == principal.sub)
+        .where(col(Study.patient_id) == Patient.id, col(Instance.received_by) == caller.sub)
         .correlate(Patient)
     )
     return {
-        Relation.REQUESTED: live_order.where(col(Order.requested_by) == principal.sub).exists(),
-        Relation.ATTENDS: live_order.where(col(Order.attending) == principal.sub).exists(),
+        Relation.REQUESTED: live_order.where(col(Order.requested_by) == caller.sub).exists(),
+        Relation.ATTENDS: live_order.where(col(Order.attending) == caller.sub).exists(),
         Relation.CARE_TEAM: member.exists(),
         Relation.SITE_IMAGING: at_site.exists(),
         Relation.SITE_SCHEDULED: at_site.where(
-            col(Order.status).in_([OrderStatus.SCHEDULED, OrderStatus.IN_PROGRESS])
+            sa.or_(
+                col(Order.status) == OrderStatus.SCHEDULED,
+                col(Order.status) == OrderStatus.IN_PROGRESS,
+            )
         ).exists(),
         Relation.UPLOADED: uploaded.exists(),
     }

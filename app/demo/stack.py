@@ -386,6 +386,7 @@ class Edge(Server):
             "LIGHTBOX_EDGE_DIR": str(self.state_dir),
             "LIGHTBOX_ACCESS_LOG": str(self.access_log_path),
             "LIGHTBOX_ERROR_LOG": str(self.log_path),
+            "LIGHTBOX_FRAME_CACHE_SIZE": "2g",
             "LIGHTBOX_API_LISTEN": f"{LOOPBACK}:{self.api_port}",
             "LIGHTBOX_VIEWER_LISTEN": f"{LOOPBACK}:{self.viewer_port}",
             "LIGHTBOX_APP_ADDRESS": f"{LOOPBACK}:{self.app_port}",

@@ -36,6 +36,9 @@ INSTANCE = (
 )
 
 
+_ABSENT: dict[str, Any] = {"Value": [None]}
+
+
 @dataclass(frozen=True)
 class Described:
     """DICOM JSON by level: `{"00081030": {"vr": "LO", "Value": [...]}}`; what is absent, or can't
@@ -46,6 +49,17 @@ class Described:
     instance: dict[str, Any]
     rows: int
     columns: int
+
+    @property
+    def study_id(self) -> str:
+        """StudyID (0020,0010); empty if absent."""
+        return str(self.study.get("00200010", _ABSENT)["Value"][0] or "")
+
+    @property
+    def referring_physician(self) -> str:
+        """ReferringPhysicianName (0008,0090), its alphabetic group; empty if absent."""
+        name = self.study.get("00080090", _ABSENT)["Value"][0]
+        return str(name.get("Alphabetic", "")) if name else ""
 
 
 def describe(file: BinaryIO, scan: Scan) -> Described:

@@ -99,6 +99,8 @@ async def link(
             accession_number=header.accession_number,
             folded_name=folded(header.patient_name),
             folded_description=folded(header.study_description),
+            folded_referring_physician=folded(described.referring_physician),
+            study_id=described.study_id,
             attributes=_json(described.study),
             generation=new_generation(),
         )

@@ -49,7 +49,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Target:
-    """What the sender said the file belongs to. Neither order nor patient: its PatientID decides."""
+    """What the sender said the file belongs to. No order and no patient: its PatientID decides."""
 
     order_id: UUID | None = None
     patient_id: UUID | None = None
@@ -99,7 +99,8 @@ class Intake:
             await anyio.to_thread.run_sync(_refuse_wide_big_endian, file, scanned)
             if target.study_instance_uid not in (None, header.study_instance_uid):
                 raise Conflict(
-                    "The file's StudyInstanceUID is not the one it was sent to. Nothing was stored."
+                    "The file is not of the study it was sent to: its StudyInstanceUID is another. "
+                    "Nothing was stored."
                 )
             access = await self._admit(caller, header, target)
             found = identity.differences(

@@ -1,108 +1,429 @@
-"""The DICOMweb that OHIF gets: `/s/{ctx}/dicom-web`, read-only, nothing but what stands here."""
+"""DICOMweb, for two kinds of caller: nothing but what stands here.
 
-from typing import Annotated
+`/dicom-web`          with a bearer token: the rights of the caller
+`/s/{ctx}/dicom-web`  with a launch cookie: OHIF, the studies of its session, read-only
 
-from fastapi import Depends, Path, Query, Request
-from fastapi.responses import JSONResponse, Response
+Both have the same routes and handlers, below; they differ in their guards, in where a search
+starts, and in the root of the addresses they give. Storing is in `app.routes.stow`.
+"""
 
-from app import dicomweb, linking
-from app.access import PatientAccess, Subject
-from app.dicomweb import SERIES_MATCHING, STUDY_MATCHING, SendFile
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from importlib.resources import files as resources
+from typing import Annotated, Any
+
+from fastapi import Depends, Request
+from fastapi.responses import JSONResponse, Response, StreamingResponse
+from starlette.convertors import Convertor, register_url_convertor
+
+from app.access import (
+    DirectGuard,
+    InstanceFacts,
+    Nothing,
+    PatientAccess,
+    StudyAccess,
+    StudyGrant,
+    Visible,
+    VisiblePatients,
+)
+from app.audit import Action
+from app.db import Database
+from app.dicomweb import Freshness, Metadata, files, media, search
+from app.dicomweb.files import Chunks, Part, SendFile
+from app.dicomweb.media import DICOM_JSON, Choice
+from app.dicomweb.metadata import Packed
+from app.dicomweb.search import Found, Search, parse_search
+from app.errors import NotFound
+from app.models import Instance
+from app.orthanc import Orthanc
+from app.problems import method_not_allowed
 from app.routing import AccessRouter
-from app.viewer import Viewer, ViewerGrant
+from app.settings import Settings
+from app.viewer import ViewerGrant, ViewerNothing, ViewerSearch
 
-router = AccessRouter(prefix="/s/{ctx}/dicom-web", tags=["dicomweb"])
 
-SearchSession = Annotated[PatientAccess, Depends(ViewerGrant(of=Subject.PATIENT), scope="function")]
-ViewStudy = Annotated[PatientAccess, Depends(ViewerGrant(of=Subject.STUDY), scope="function")]
-Uid = Annotated[str, Path(pattern=r"^[0-9.]{1,64}$")]
-INSTANCE = "/studies/{study_instance_uid}/series/{series_instance_uid}/instances/{sop_instance_uid}"
+class UidConvertor(Convertor[str]):
+    """A UID in a path. Whether it is a valid one doesn't matter: one that isn't names nothing."""
+
+    regex = "[0-9.]{1,64}"
+
+    def convert(self, value: str) -> str:
+        return value
+
+    def to_string(self, value: str) -> str:
+        return value
+
+
+register_url_convertor("uid", UidConvertor())
+
+STUDY = "/studies/{study_instance_uid:uid}"
+SERIES = STUDY + "/series/{series_instance_uid:uid}"
+INSTANCE = SERIES + "/instances/{sop_instance_uid:uid}"
+
+bearer = AccessRouter(prefix="/dicom-web", tags=["dicomweb"])
+viewer = AccessRouter(prefix="/s/{ctx}/dicom-web", tags=["dicomweb of the viewer"])
+
+SearchAll = Annotated[
+    VisiblePatients,
+    Depends(Visible(Action.STUDY_LIST, parses_query=True), scope="function"),
+]
+SearchSession = Annotated[PatientAccess, Depends(ViewerSearch(), scope="function")]
 
 
 class DicomJsonResponse(JSONResponse):
-    media_type = "application/dicom+json"
+    media_type = DICOM_JSON
 
 
-@router.get("/studies", response_class=DicomJsonResponse)
-async def search_studies(access: SearchSession, ctx: str, request: Request) -> Response:
+# --------------------------------------------------------------------------------- QIDO-RS
+
+
+@bearer.get("/studies", response_class=DicomJsonResponse)
+async def search_visible_studies(window: SearchAll, request: Request) -> Response:
+    """QIDO-RS among the studies of the patients that the caller may see (PS3.18 10.6)."""
+    wanted = _search(request, search.STUDY_MATCHING)
+    found, studies = await search.visible_studies(window, wanted)
+    await window.disclose(each.patient_id for each in studies)
+    return _found(found, wanted)
+
+
+@viewer.get("/studies", response_class=DicomJsonResponse)
+async def search_session_studies(access: SearchSession, ctx: str, request: Request) -> Response:
     """QIDO-RS among the session's studies; anything else of the patient is not there."""
-    viewer: Viewer = request.app.state.viewer
-    search = dicomweb.parse_search(request.query_params.multi_items(), STUDY_MATCHING)
-    allowed = await viewer.session_studies(access)
-    studies = [
-        each
-        for each in await linking.studies_of(access)
-        if each.study.study_instance_uid in allowed
-    ]
-    return DicomJsonResponse(dicomweb.search_studies(studies, search))
+    wanted = _search(request, search.STUDY_MATCHING)
+    return _found(await search.session_studies(access, wanted), wanted)
 
 
-@router.get("/studies/{study_instance_uid}/series", response_class=DicomJsonResponse)
-async def search_series(
-    access: ViewStudy, ctx: str, study_instance_uid: Uid, request: Request
-) -> Response:
+async def search_series(access: StudyAccess, request: Request) -> Response:
     """QIDO-RS among the series of one study."""
-    search = dicomweb.parse_search(request.query_params.multi_items(), SERIES_MATCHING)
-    return DicomJsonResponse(dicomweb.search_series(await linking.study_of(access), search))
+    wanted = _search(request, search.SERIES_MATCHING)
+    async with _database(request).session() as session:
+        return _found(await search.study_series(session, access, wanted), wanted)
 
 
-@router.get(
-    "/studies/{study_instance_uid}/series/{series_instance_uid}/metadata",
-    response_class=DicomJsonResponse,
-)
-async def series_metadata(
-    access: ViewStudy,
-    ctx: str,
-    study_instance_uid: Uid,
-    series_instance_uid: Uid,
-    request: Request,
-) -> Response:
+async def search_instances(access: StudyAccess, request: Request) -> Response:
+    """QIDO-RS among the instances of one study, or of one of its series."""
+    wanted = _search(request, search.INSTANCE_MATCHING)
+    series_uid = request.path_params.get("series_instance_uid", "")
+    async with _database(request).session() as session:
+        found = await search.study_instances(session, access, wanted, series_uid)
+    return _found(found, wanted)
+
+
+def _search(request: Request, allowed: Sequence[str]) -> Search:
+    media.for_json(_accept(request))
+    return parse_search(request.query_params.multi_items(), allowed)
+
+
+def _found(found: Found, wanted: Search) -> Response:
+    headers = {"X-Total-Count": str(found.total)}
+    warnings = []
+    more = found.total - wanted.offset - len(found.rows)
+    if more > 0:
+        warnings.append(f'299 lightbox "There are {more} additional results."')
+    if wanted.fuzzy:
+        warnings.append(
+            '299 lightbox "The fuzzymatching parameter is not supported. Only literal matching '
+            'has been performed."'
+        )
+    if warnings:
+        headers["Warning"] = ", ".join(warnings)
+    return DicomJsonResponse(found.rows, headers=headers)
+
+
+# --------------------------------------------------------------------------------- metadata
+
+
+async def study_metadata(access: StudyAccess, request: Request) -> Response:
+    """The metadata of a study."""
+    return await _packed(request, _metadata(request).study(access, _root(request)))
+
+
+async def series_metadata(access: StudyAccess, request: Request) -> Response:
     """The metadata of a series."""
-    metadata = await dicomweb.series_metadata(
-        access, request.app.state.orthanc, series_instance_uid, f"/s/{ctx}/dicom-web"
+    uid = request.path_params["series_instance_uid"]
+    return await _packed(request, _metadata(request).series(access, uid, _root(request)))
+
+
+async def instance_metadata(access: StudyAccess, request: Request) -> Response:
+    """The metadata of an instance."""
+    instance = files.instance_of(access)
+    uid = request.path_params["series_instance_uid"]
+    made = _metadata(request).instance(access, uid, instance.sop_instance_uid, _root(request))
+    return await _packed(request, made)
+
+
+async def _packed(request: Request, making: Any) -> Response:
+    media.for_json(_accept(request))
+    _refuse_parameters(request)
+    packed: Packed = await making
+    headers = {"ETag": f'W/"{packed.stamp}"', "Vary": "Accept-Encoding"}
+    if _is_known(request, packed.stamp):
+        return Response(status_code=304, headers=headers)
+    if "gzip" in request.headers.get("accept-encoding", ""):
+        headers["Content-Encoding"] = "gzip"
+        return Response(packed.body, headers=headers, media_type=DICOM_JSON)
+    return Response(packed.plain(), headers=headers, media_type=DICOM_JSON)
+
+
+# ------------------------------------------------------------------------------------ files
+
+
+async def retrieve_files(access: StudyAccess, request: Request) -> Response:
+    """The DICOM files of a study or series, as they are stored (PS3.18 10.4.1.1.1, .2)."""
+    _refuse_parameters(request)
+    series_uid = request.path_params.get("series_instance_uid", "")
+    async with _database(request).session() as session:
+        instances = await files.instances_of(session, access, series_uid)
+    choice = media.for_files(
+        _accept(request), (each.transfer_syntax_uid for each in instances), one=False
     )
-    return Response(metadata, media_type="application/dicom+json")
+    stamp = await _freshness(request).stamp(access)
+    return await _parts(request, choice, [_file_part(request, each) for each in instances], stamp)
 
 
-@router.get(INSTANCE + "/frames/{number}", response_class=Response)
-async def frame(
-    access: ViewStudy,
-    ctx: str,
-    study_instance_uid: Uid,
-    series_instance_uid: Uid,
-    sop_instance_uid: Uid,
-    number: Annotated[int, Path(ge=1, le=1_000_000)],
-) -> Response:
-    """One frame, as it is stored."""
-    return _send(await dicomweb.frame(access, series_instance_uid, sop_instance_uid, number))
+async def retrieve_file(access: StudyAccess, request: Request) -> Response:
+    """One DICOM file, as it is stored (PS3.18 10.4.1.1.3)."""
+    _refuse_parameters(request)
+    instance = files.instance_of(access)
+    choice = media.for_files(_accept(request), [instance.transfer_syntax_uid], one=True)
+    stamp = await _freshness(request).stamp(access)
+    if choice.multipart:
+        return await _parts(request, choice, [_file_part(request, instance)], stamp)
+    location = f"/_orthanc/instances/{instance.orthanc_id}/file"
+    return _send(request, SendFile(location, choice.part_type), stamp)
 
 
-@router.get(INSTANCE + "/rendered", response_class=Response)
-async def rendered(
-    access: ViewStudy,
-    ctx: str,
-    study_instance_uid: Uid,
-    series_instance_uid: Uid,
-    sop_instance_uid: Uid,
-    viewport: Annotated[str, Query(max_length=16)] = "",
-) -> Response:
-    """The first frame as a picture, or the video."""
-    return _send(await dicomweb.rendered(access, series_instance_uid, sop_instance_uid, viewport))
+def _file_part(request: Request, instance: InstanceFacts | Instance) -> Part:
+    return Part(
+        f"application/dicom; transfer-syntax={instance.transfer_syntax_uid}",
+        partial(_orthanc(request).file, instance.orthanc_id),
+    )
 
 
-@router.get(INSTANCE + "/bulk/{path:path}", response_class=Response)
-async def bulk_data(
-    access: ViewStudy,
-    ctx: str,
-    study_instance_uid: Uid,
-    series_instance_uid: Uid,
-    sop_instance_uid: Uid,
-    path: str,
-) -> Response:
-    """The bytes of one element: a PDF, a waveform, an overlay."""
-    return _send(await dicomweb.bulk_data(access, series_instance_uid, sop_instance_uid, path))
+# ----------------------------------------------------------------------------------- frames
 
 
-def _send(file: SendFile) -> Response:
-    """Leave the bytes to the edge, which gets them from Orthanc."""
-    return Response(headers={"X-Accel-Redirect": file.location}, media_type=file.media_type)
+async def frames(access: StudyAccess, request: Request) -> Response:
+    """Frames of an instance, `1` or `1,2,3`, as they are stored (PS3.18 10.4.1.1.6).
+
+    One alone may be asked for without a multipart envelope.
+    """
+    if request.url.query:
+        _refuse_parameters(request)
+    instance = files.instance_of(access)
+    numbers = files.frame_numbers(request.path_params["frames"], instance)
+    choice = media.for_frames(_accept(request), instance.transfer_syntax_uid)
+    stamp = await _freshness(request).stamp(access)
+    if len(numbers) == 1 and not choice.multipart and not choice.transcode:
+        return _send(request, files.frame(instance, numbers[0], choice, stamp), stamp)
+    if len(numbers) == 1 and not choice.multipart:
+        uids = _uids(request)
+        plain = await _orthanc(request).plain_frame(*uids, numbers[0])
+        return Response(plain, media_type=choice.part_type, headers={"ETag": f'"{stamp}"'})
+    opening = [_frame(request, instance, number, choice) for number in numbers]
+    parts = [Part(choice.part_type, each) for each in opening]
+    return await _parts(request, Choice(choice.media_type, True), parts, stamp)
+
+
+def _frame(
+    request: Request, instance: InstanceFacts, number: int, choice: Choice
+) -> Callable[[], Chunks]:
+    if choice.transcode:
+        return partial(_orthanc(request).plain_frame_chunks, *_uids(request), number)
+    return partial(_orthanc(request).raw_frame, instance.orthanc_id, number)
+
+
+# ----------------------------------------------------------------------------- rendered, icon
+
+
+async def rendered(access: StudyAccess, request: Request) -> Response:
+    """A frame as a picture, by default the first (PS3.18 10.4.1.1.3, 8.3.5): `viewport`,
+    `window`, `quality`. A video or an encapsulated PDF as what it is."""
+    instance = files.instance_of(access)
+    (number,) = files.frame_numbers(request.path_params.get("frame", "1"), instance)
+    rendering = files.parse_rendering(
+        request.query_params.multi_items(), ("viewport", "window", "quality")
+    )
+    media_type = media.for_rendered(_accept(request), files.rendered_types(instance))
+    stamp = await _freshness(request).stamp(access)
+    return _send(request, files.rendered(instance, number, rendering, media_type, stamp), stamp)
+
+
+async def thumbnail(access: StudyAccess, request: Request) -> Response:
+    """A small picture of a study, a series, an instance or a frame (PS3.18 10.4.1.1.4); an icon
+    where there are no pixels to show."""
+    rendering = files.parse_rendering(request.query_params.multi_items(), ("viewport",))
+    viewport = rendering.viewport or (128, 128)
+    accept = _accept(request)
+    path = request.path_params
+    instance: InstanceFacts | Instance | None
+    if "sop_instance_uid" in path:
+        instance = files.instance_of(access)
+        (number,) = files.frame_numbers(path.get("frame", "1"), instance)
+    else:
+        async with _database(request).session() as session:
+            found = await files.instances_of(session, access, path.get("series_instance_uid", ""))
+        pictures = [each for each in found if files.has_picture(each)]
+        instance = pictures[len(pictures) // 2] if pictures else None
+        number = 1
+    stamp = await _freshness(request).stamp(access)
+    if instance is None or not files.has_picture(instance):
+        media.for_rendered(accept, ["image/png"])
+        return Response(ICON, media_type="image/png")
+    media_type = media.for_rendered(accept, ["image/jpeg", "image/png"])
+    small = files.Rendering(viewport=viewport)
+    return _send(request, files.rendered(instance, number, small, media_type, stamp), stamp)
+
+
+ICON = resources("app.dicomweb").joinpath("no-picture.png").read_bytes()
+
+
+# -------------------------------------------------------------------------------- bulk data
+
+
+async def bulk_data(access: StudyAccess, request: Request) -> Response:
+    """The bytes of one element: a PDF, a waveform, an overlay (PS3.18 10.4.1.1.5)."""
+    _refuse_parameters(request)
+    instance = files.instance_of(access)
+    tags = files.bulk_path(request.path_params["path"])
+    choice = media.for_bytes(_accept(request), files.bulk_type(instance, tags))
+    stamp = await _freshness(request).stamp(access)
+    path = "/".join(tags)
+    if choice.multipart:
+        opening = partial(_orthanc(request).content, instance.orthanc_id, path)
+        return await _parts(request, choice, [Part(choice.part_type, opening)], stamp)
+    location = f"/_orthanc/instances/{instance.orthanc_id}/content/{path}"
+    return _send(request, SendFile(location, choice.part_type), stamp)
+
+
+async def nothing(_: None, request: Request) -> Response:
+    """What is not enumerated is not there, or does not take the method."""
+    if request.method in ("GET", "HEAD"):
+        raise NotFound("There is nothing at this address.")
+    return method_not_allowed(request)
+
+
+# ----------------------------------------------------------------------------------- answers
+
+
+def _send(request: Request, file: SendFile, stamp: str) -> Response:
+    """Leave the bytes to the edge, which gets them from Orthanc, or has kept them."""
+    name = f"{stamp} {file.location} {file.media_type}"
+    tag = hashlib.sha256(name.encode()).hexdigest()[:32]
+    if _is_known(request, tag):
+        return Response(status_code=304, headers={"ETag": f'"{tag}"'})
+    headers = {"X-Accel-Redirect": file.location, "ETag": f'"{tag}"'}
+    return Response(headers=headers, media_type=file.media_type)
+
+
+async def _parts(request: Request, choice: Choice, parts: Sequence[Part], stamp: str) -> Response:
+    """Stream the parts through the app."""
+    tag = hashlib.sha256(f"{stamp} {request.url.path} {choice}".encode()).hexdigest()[:32]
+    headers = {"ETag": f'W/"{tag}"'}
+    if _is_known(request, tag):
+        return Response(status_code=304, headers=headers)
+    boundary = files.new_boundary()
+    media_type = files.multipart_type(choice, boundary)
+    if request.method == "HEAD":
+        return Response(headers=headers, media_type=media_type)
+    body = await files.begun(files.in_parts(parts, boundary))
+    return StreamingResponse(body, headers=headers, media_type=media_type)
+
+
+def _is_known(request: Request, tag: str) -> bool:
+    """Does the client have it already (RFC 9110 13.1.2)? It was authorized like any other."""
+    header = request.headers.get("if-none-match")
+    if not header:
+        return False
+    known = [each.strip().removeprefix("W/") for each in header.split(",")]
+    return f'"{tag}"' in known or header.strip() == "*"
+
+
+def _refuse_parameters(request: Request) -> None:
+    files.parse_rendering(request.query_params.multi_items(), ())
+
+
+def _accept(request: Request) -> str:
+    return ", ".join(request.headers.getlist("accept"))
+
+
+def _root(request: Request) -> str:
+    """What the addresses in an answer begin with."""
+    ctx = request.path_params.get("ctx")
+    if ctx is not None:
+        return f"/s/{ctx}/dicom-web"
+    settings: Settings = request.app.state.settings
+    return f"{settings.api_base_url}/dicom-web"
+
+
+def _uids(request: Request) -> tuple[str, str, str]:
+    path: Mapping[str, str] = request.path_params
+    return path["study_instance_uid"], path["series_instance_uid"], path["sop_instance_uid"]
+
+
+def _database(request: Request) -> Database:
+    database: Database = request.app.state.database
+    return database
+
+
+def _orthanc(request: Request) -> Orthanc:
+    orthanc: Orthanc = request.app.state.orthanc
+    return orthanc
+
+
+def _freshness(request: Request) -> Freshness:
+    freshness: Freshness = request.app.state.freshness
+    return freshness
+
+
+def _metadata(request: Request) -> Metadata:
+    metadata: Metadata = request.app.state.metadata
+    return metadata
+
+
+# ------------------------------------------------------------------------------------ routes
+
+_PICTURES = ("image/jpeg", "image/png")
+_PARTS = ("multipart/related",)
+
+
+def _add(router: AccessRouter, see: DirectGuard, fetch: DirectGuard) -> None:
+    """The routes of a root: `see` guards what is shown, `fetch` whole files."""
+    add = router.direct
+    # The most frequent first.
+    add(INSTANCE + "/frames/{frames}", frames, see, media_types=(media.OCTETS, *_PARTS))
+    add(SERIES + "/metadata", series_metadata, see, media_types=(DICOM_JSON,))
+    add(INSTANCE + "/rendered", rendered, see, media_types=_PICTURES)
+    add(INSTANCE + "/bulk/{path:path}", bulk_data, see, media_types=(media.OCTETS, *_PARTS))
+    add(STUDY + "/series", search_series, see, media_types=(DICOM_JSON,))
+    add(STUDY + "/instances", search_instances, see, media_types=(DICOM_JSON,))
+    add(SERIES + "/instances", search_instances, see, media_types=(DICOM_JSON,))
+    add(STUDY + "/metadata", study_metadata, see, media_types=(DICOM_JSON,))
+    add(INSTANCE + "/metadata", instance_metadata, see, media_types=(DICOM_JSON,))
+    add(INSTANCE + "/frames/{frame}/rendered", rendered, see, media_types=_PICTURES)
+    for path in (STUDY, SERIES, INSTANCE, INSTANCE + "/frames/{frame}"):
+        add(path + "/thumbnail", thumbnail, see, media_types=_PICTURES)
+    add(STUDY, retrieve_files, fetch, media_types=_PARTS)
+    add(SERIES, retrieve_files, fetch, media_types=_PARTS)
+    add(INSTANCE, retrieve_file, fetch, media_types=(media.DICOM, *_PARTS))
+
+
+_add(bearer, StudyGrant(Action.STUDY_VIEW), StudyGrant(Action.STUDY_RETRIEVE))
+_add(viewer, ViewerGrant(), ViewerGrant())
+
+router = AccessRouter()
+router.include_router(viewer)
+router.include_router(bearer)
+
+_ALL = ("GET", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")
+rest = AccessRouter()
+"""What is asked for below the roots and is none of the above; to be included last."""
+rest.direct("/dicom-web/{rest:path}", nothing, Nothing(), methods=_ALL, include_in_schema=False)
+rest.direct(
+    "/s/{ctx}/dicom-web/{rest:path}",
+    nothing,
+    ViewerNothing(),
+    methods=_ALL,
+    include_in_schema=False,
+)

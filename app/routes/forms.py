@@ -31,20 +31,8 @@ async def multipart_form(
     content_type = request.headers.get("content-type", "")
     if content_type.partition(";")[0].strip().lower() != "multipart/form-data":
         raise Unprocessable("Send the file as multipart/form-data.")
-    limit = max_bytes + _FORM_OVERHEAD_BYTES
-    declared = request.headers.get("content-length", "")
-    if declared.isascii() and declared.isdigit() and int(declared[:20]) > limit:
-        raise _too_large(max_bytes)
-
-    async def bounded() -> AsyncGenerator[bytes, None]:
-        seen = 0
-        async for chunk in request.stream():
-            seen += len(chunk)
-            if seen > limit:
-                raise _too_large(max_bytes)
-            yield chunk
-
-    parser = MultiPartParser(request.headers, bounded(), max_files=max_files, max_fields=20)
+    body = bounded_body(request, max_bytes, " Nothing was stored.")
+    parser = MultiPartParser(request.headers, body, max_files=max_files, max_fields=20)
     # What stays in memory of each file: of many, little.
     parser.spool_max_size = MEBIBYTE // max_files
     try:
@@ -53,6 +41,26 @@ async def multipart_form(
         # All of them: a file whose part broke off is in no form.
         for file in parser._files_to_close_on_error:
             file.close()
+
+
+async def bounded_body(
+    request: Request, max_bytes: int, consequence: str = ""
+) -> AsyncGenerator[bytes, None]:
+    """A body with files, as it arrives; `max_bytes` without what stands around the files.
+
+    `consequence` is said where it is larger. Raises TooLarge, ClientDisconnect.
+    """
+    limit = max_bytes + _FORM_OVERHEAD_BYTES
+    too_large = TooLarge(f"The upload is larger than the limit of {max_bytes} bytes.{consequence}")
+    declared = request.headers.get("content-length", "")
+    if declared.isascii() and declared.isdigit() and int(declared[:20]) > limit:
+        raise too_large
+    seen = 0
+    async for chunk in request.stream():
+        seen += len(chunk)
+        if seen > limit:
+            raise too_large
+        yield chunk
 
 
 async def _parsed(parser: MultiPartParser) -> FormData:
@@ -105,9 +113,3 @@ def form_schema(properties: dict[str, Any], required: list[str]) -> dict[str, An
     return {
         "requestBody": {"required": True, "content": {"multipart/form-data": {"schema": schema}}}
     }
-
-
-def _too_large(max_bytes: int) -> TooLarge:
-    return TooLarge(
-        f"The upload is larger than the limit of {max_bytes} bytes. Nothing was stored."
-    )

@@ -8,6 +8,7 @@ from typing import Annotated, Any, BinaryIO
 from uuid import UUID
 
 import anyio.to_thread
+import sqlalchemy as sa
 from fastapi import Depends, Request
 from fastapi.responses import StreamingResponse
 from pydantic import BaseModel
@@ -19,7 +20,7 @@ from app.access import Caller, RoleAccess
 from app.archives import ZipLimits
 from app.audit import Action
 from app.dicom import changes_from_json, read_tags, rewrite
-from app.errors import LightboxError, Unprocessable
+from app.errors import DatabaseUnavailable, LightboxError, Unprocessable
 from app.intake import Intake, Receipt, Target
 from app.routes.forms import files_of, flag_of, form_schema, multipart_form, text_of, uuid_of
 from app.routing import AccessRouter
@@ -228,20 +229,31 @@ async def modify_file_tags(caller: ModifyTags, request: Request) -> StreamingRes
     )
 
 
-async def _take(
-    caller: RoleAccess, intake: Intake, name: str, file: BinaryIO, target: Target
-) -> FileResult:
-    """One file of many, in a transaction and a record of its own."""
+async def take_apart(
+    caller: RoleAccess, intake: Intake, file: BinaryIO, target: Target
+) -> Receipt | LightboxError:
+    """One file of many, in a transaction and a record of its own; or what kept it out."""
     try:
         async with caller.apart() as each:
-            receipt = await intake.take(each, file, target)
+            return await intake.take(each, file, target)
     except LightboxError as error:
-        return _failed(name, error)
+        return error
+    except (sa.exc.OperationalError, sa.exc.InterfaceError, sa.exc.TimeoutError):
+        logger.exception("a file of many could not be taken in")
+        return DatabaseUnavailable("The database does not answer. Send the file again.")
     except Exception:
         # Not foreseen; the files before it are stored, and their sender must learn that.
         logger.exception("a file of many could not be taken in")
-        return _failed(name, LightboxError("Lightbox failed at this file; it was not linked."))
-    return FileResult(filename=name, **Uploaded.of(receipt).model_dump())
+        return LightboxError("Lightbox failed at this file; it was not linked.")
+
+
+async def _take(
+    caller: RoleAccess, intake: Intake, name: str, file: BinaryIO, target: Target
+) -> FileResult:
+    taken = await take_apart(caller, intake, file, target)
+    if isinstance(taken, LightboxError):
+        return _failed(name, taken)
+    return FileResult(filename=name, **Uploaded.of(taken).model_dump())
 
 
 def _failed(name: str, error: LightboxError) -> FileResult:

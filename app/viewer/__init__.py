@@ -1,7 +1,7 @@
 """Opening the viewer: launch sessions, the guards of its requests, the pages that say why not."""
 
 from app.viewer.endings import SessionOver
-from app.viewer.guard import SessionCookie, ViewerGrant
+from app.viewer.guard import SessionCookie, ViewerGrant, ViewerNothing, ViewerSearch
 from app.viewer.pages import EHR_PAGE, page
 from app.viewer.sessions import COMPARE_LAYOUT, Launch, Redeemed, Viewer
 
@@ -14,5 +14,7 @@ __all__ = [
     "SessionOver",
     "Viewer",
     "ViewerGrant",
+    "ViewerNothing",
+    "ViewerSearch",
     "page",
 ]

@@ -5,44 +5,89 @@ from collections.abc import AsyncIterator
 from fastapi import Request
 from sqlmodel.ext.asyncio.session import AsyncSession
 
-from app.access import Gate, Guard, PatientAccess, Subject
-from app.access.guards import origin_of
+from app.access import DirectGuard, Gate, Guard, PatientAccess, StudyAccess, Subject
+from app.access.guards import is_plain, origin_of
 from app.audit import Action, Entry, Outcome
 from app.dicom import parse_uid
 from app.errors import NotFound, Unauthenticated
 from app.models import LaunchSession
 from app.viewer.sessions import COOKIE_NAME, Viewer
 
+_NOTHING = "There is nothing at this address."
+_DESCRIPTION = {"guard": "viewer-session", "action": Action.STUDY_VIEW.value}
 
-class ViewerGrant(Guard):
-    """The launch session may see the study in the path, or, `of` its patient, search.
 
-    Each request decides anew. The first access of the session to a study is recorded before the
-    handler runs; later ones are counted.
-    """
-
-    def __init__(self, *, of: Subject) -> None:
-        self.of = of
+class ViewerSearch(Guard):
+    """The launch session may search: among its own studies."""
 
     async def __call__(self, request: Request) -> AsyncIterator[PatientAccess]:
         gate: Gate = request.app.state.gate
         viewer: Viewer = request.app.state.viewer
-        _refuse_encoded_path(request)
         async with gate.transaction([]) as session:
             launch = await _launch_of(request, session)
-            origin = origin_of(request)
-            if self.of is Subject.STUDY:
-                uid = request.path_params[Subject.STUDY.value]
-                try:
-                    parse_uid(uid)
-                except ValueError as error:
-                    raise NotFound("There is nothing at this address.") from error
-                yield await viewer.study_access(session, launch, uid, origin)
-            else:
-                yield await viewer.patient_access(session, launch, origin)
+            await _refuse_unless_plain(request, launch)
+            yield await viewer.patient_access(session, launch, origin_of(request))
 
     def describe(self) -> dict[str, str]:
-        return {"guard": "viewer-session", "action": "study:view", "of": self.of.value}
+        return _DESCRIPTION | {"of": Subject.PATIENT.value}
+
+
+class ViewerGrant(DirectGuard):
+    """The launch session may see the study in the path.
+
+    Each request is decided anew. The first access of the session to a study is recorded before
+    the handler runs; later ones are counted.
+    """
+
+    async def enter(self, request: Request) -> StudyAccess:
+        viewer: Viewer = request.app.state.viewer
+        path, cookie = request.path_params, request.cookies.get(COOKIE_NAME)
+        asked = (
+            path[Subject.STUDY.value],
+            path.get("series_instance_uid", ""),
+            path.get("sop_instance_uid", ""),
+        )
+        access = None
+        if is_plain(request):
+            access = await viewer.glance(path["ctx"], cookie, *asked)
+        if access is None:
+            await self._in_full(request, asked[0])
+            access = await viewer.glance(path["ctx"], cookie, *asked)
+        if access is None:
+            # Something ended between the two.
+            raise NotFound(_NOTHING)
+        return access
+
+    async def _in_full(self, request: Request, study_uid: str) -> None:
+        """The way of the first request, and of the refused ones: it records, and says why."""
+        gate: Gate = request.app.state.gate
+        viewer: Viewer = request.app.state.viewer
+        async with gate.transaction([]) as session:
+            launch = await _launch_of(request, session)
+            await _refuse_unless_plain(request, launch)
+            try:
+                parse_uid(study_uid)
+            except ValueError as error:
+                await viewer.refuse(launch, origin_of(request), "not-a-uid")
+                raise NotFound(_NOTHING) from error
+            await viewer.study_access(session, launch, study_uid, origin_of(request))
+
+    def describe(self) -> dict[str, str]:
+        return _DESCRIPTION | {"of": Subject.STUDY.value}
+
+
+class ViewerNothing(DirectGuard):
+    """What stands at no address of a session: refused, and recorded under whose it is."""
+
+    async def enter(self, request: Request) -> None:
+        gate: Gate = request.app.state.gate
+        viewer: Viewer = request.app.state.viewer
+        async with gate.transaction([]) as session:
+            launch = await _launch_of(request, session)
+            await viewer.refuse(launch, origin_of(request), "not-enumerated")
+
+    def describe(self) -> dict[str, str]:
+        return {"guard": "nothing"}
 
 
 class SessionCookie(Guard):
@@ -78,8 +123,8 @@ async def _launch_of(request: Request, session: AsyncSession) -> LaunchSession:
         raise
 
 
-def _refuse_encoded_path(request: Request) -> None:
-    """No route of the gateway needs a percent sign: one is a try to be read in two ways."""
-    raw: bytes = request.scope.get("raw_path", b"")
-    if b"%" in raw or b"\\" in raw or b"//" in raw:
-        raise NotFound("There is nothing at this address.")
+async def _refuse_unless_plain(request: Request, launch: LaunchSession) -> None:
+    viewer: Viewer = request.app.state.viewer
+    if not is_plain(request):
+        await viewer.refuse(launch, origin_of(request), "not-plain")
+        raise NotFound(_NOTHING)

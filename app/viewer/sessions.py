@@ -13,6 +13,8 @@ import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
+from functools import cache
+from typing import Any, NamedTuple
 from urllib.parse import urlencode
 from uuid import UUID
 
@@ -20,13 +22,14 @@ import sqlalchemy as sa
 from sqlmodel import col, select
 from sqlmodel.ext.asyncio.session import AsyncSession
 
-from app.access import Denial, Gate, PatientAccess, Subject
+from app.access import Denial, Gate, PatientAccess, StudyAccess, Subject
+from app.access.glance import UID, Named, parameters, study_access, study_columns, with_instance
 from app.audit import Action, AuditTrail, Entry, Origin, Outcome
-from app.db import Database, utcnow
+from app.db import Database, Reader, utcnow
 from app.errors import Gone, LightboxError, NotFound, Unauthenticated
 from app.identity import Principal, Role
 from app.linking import StudySummary
-from app.models import LaunchSession, LaunchStudy, Order, OrderStatus
+from app.models import LaunchSession, LaunchStudy, Order, OrderStatus, Study
 from app.orthanc import Orthanc
 from app.settings import Settings
 from app.viewer.endings import ENDED_SENTENCES, EndedBecause, SessionOver, end_sessions
@@ -59,13 +62,17 @@ class Viewer:
     """Makes, redeems, checks and ends launch sessions. One per app."""
 
     def __init__(
-        self, settings: Settings, database: Database, gate: Gate, orthanc: Orthanc
+        self, settings: Settings, database: Database, gate: Gate, orthanc: Orthanc, reader: Reader
     ) -> None:
         self._settings = settings
         self._database = database
         self._gate = gate
         self._orthanc = orthanc
+        self._reader = reader
+        self._glance = reader.prepare(_glance())
+        # Since the last flush: requests by session and study, and when each session was used.
         self._counts: dict[tuple[str, str], tuple[int, datetime]] = {}
+        self._used: dict[str, datetime] = {}
 
     async def launch(
         self,
@@ -192,6 +199,40 @@ class Viewer:
             raise SessionOver(because)
         return launch
 
+    async def glance(
+        self, ctx: str, cookie: str | None, study_uid: str, series_uid: str, sop_uid: str
+    ) -> StudyAccess | None:
+        """The session's access to one of its studies, where everything is in order and its first
+        request is on record. None: ask `study_access`, which says what is not in order.
+
+        Raises DatabaseUnavailable.
+        """
+        values = parameters(study_uid, series_uid, sop_uid)
+        row = await self._reader.first(self._glance, {**values, "ctx": ctx})
+        if row is None:
+            return None
+        launch = _Launch(*row[: len(_LAUNCH)])
+        now = values["now"]
+        if not (
+            launch.cookie_sha256 is not None
+            and cookie is not None
+            and hmac.compare_digest(launch.cookie_sha256, _sha256(cookie))
+            and launch.ended_at is None
+            and launch.first_accessed_at is not None
+            and launch.expires_at > now
+            and not self._is_idle(ctx, launch.last_used_at, now)
+            and (launch.order_id is None or launch.order_status not in (None, _CANCELLED))
+        ):
+            return None
+        principal = _principal(
+            launch.actor, launch.actor_name, launch.actor_roles, launch.actor_site
+        )
+        access = study_access(principal, Action.STUDY_VIEW, row[len(_LAUNCH) :], ctx)
+        if access is None or access.patient_id != launch.patient_id:
+            return None
+        self._count(ctx, study_uid, now)
+        return access
+
     async def study_access(
         self, session: AsyncSession, launch: LaunchSession, study_uid: str, origin: Origin
     ) -> PatientAccess:
@@ -223,8 +264,6 @@ class Viewer:
             raise NotFound("This viewing session does not include this study.")
         if first:
             await self._record_first_access(access)
-        count, _ = self._counts.get((launch.ctx, study_uid), (0, None))
-        self._counts[launch.ctx, study_uid] = (count + 1, utcnow())
         return access
 
     async def patient_access(
@@ -235,12 +274,20 @@ class Viewer:
             session, launch, origin, Subject.PATIENT, launch.patient_id
         )
 
-    async def session_studies(self, access: PatientAccess) -> set[str]:
-        """The StudyInstanceUIDs of the access's session."""
-        rows = await access.session.exec(
-            select(LaunchStudy.study_instance_uid).where(LaunchStudy.ctx == access.ctx)
+    async def refuse(self, launch: LaunchSession, origin: Origin, why: str) -> None:
+        """Record a request that no rule allows, whatever the session may see."""
+        await self._gate.trail.record(
+            Entry(
+                action=Action.STUDY_VIEW,
+                outcome=Outcome.DENIED,
+                origin=origin,
+                actor=launch.actor,
+                actor_roles=launch.actor_roles,
+                reason=why,
+                patient_id=launch.patient_id,
+                ctx=launch.ctx,
+            )
         )
-        return set(rows)
 
     async def why_over(self, ctx: str) -> str:
         """The sentence for the page of a session that doesn't answer any more."""
@@ -262,10 +309,25 @@ class Viewer:
             )
 
     async def flush(self) -> None:
-        """Write what was counted since the last time, and slide the sessions that were used."""
+        """Write what was counted since the last time, and slide the sessions that were used.
+
+        What can't be written now is kept for the next time.
+        """
         counts, self._counts = self._counts, {}
         if not counts:
             return
+        try:
+            await self._write(counts)
+        except BaseException:
+            for key, (count, last) in counts.items():
+                since, later = self._counts.get(key, (0, last))
+                self._counts[key] = (since + count, later)
+            raise
+        # A session that was used again meanwhile is in the new counts.
+        live = {ctx for ctx, _ in self._counts}
+        self._used = {ctx: used for ctx, used in self._used.items() if ctx in live}
+
+    async def _write(self, counts: dict[tuple[str, str], tuple[int, datetime]]) -> None:
         async with self._database.session() as session:
             for (ctx, uid), (count, last) in sorted(counts.items()):
                 await session.exec(
@@ -351,15 +413,18 @@ class Viewer:
             return EndedBecause(launch.ended_because)
         if launch.expires_at <= now:
             return EndedBecause.EXPIRED
-        used = max(
-            [launch.last_used_at]
-            + [last for (ctx, _), (_, last) in self._counts.items() if ctx == launch.ctx]
-        )
-        if launch.redeemed_at is not None and used <= now - timedelta(
-            minutes=self._settings.session_idle_minutes
-        ):
+        if launch.redeemed_at is not None and self._is_idle(launch.ctx, launch.last_used_at, now):
             return EndedBecause.IDLE
         return None
+
+    def _is_idle(self, ctx: str, last_used_at: datetime, now: datetime) -> bool:
+        used = max(last_used_at, self._used.get(ctx, last_used_at))
+        return used <= now - timedelta(minutes=self._settings.session_idle_minutes)
+
+    def _count(self, ctx: str, study_uid: str, now: datetime) -> None:
+        count, _ = self._counts.get((ctx, study_uid), (0, now))
+        self._counts[ctx, study_uid] = (count + 1, now)
+        self._used[ctx] = now
 
     async def _still_allowed(
         self,
@@ -370,11 +435,8 @@ class Viewer:
         key: UUID | str,
     ) -> PatientAccess:
         """Decide anew for the person behind the session; the right lost ends it, on record."""
-        principal = Principal(
-            sub=launch.actor,
-            name=launch.actor_name,
-            roles=frozenset(Role(role) for role in launch.actor_roles.split(",") if role),
-            site=launch.actor_site,
+        principal = _principal(
+            launch.actor, launch.actor_name, launch.actor_roles, launch.actor_site
         )
         if launch.order_id is not None:
             # Cancelled while the link was being made: `end_order_sessions` could not see it yet.
@@ -416,6 +478,78 @@ class Viewer:
             .values(first_accessed_at=now, last_accessed_at=now)
         )
         await self._gate.trail.record_if_first(unmarked, access.entry(Outcome.GRANTED))
+
+
+_CANCELLED = OrderStatus.CANCELLED
+
+
+class _Launch(NamedTuple):
+    """What `Viewer.glance` asks about the session; in the order of `_LAUNCH`."""
+
+    cookie_sha256: str | None
+    ended_at: datetime | None
+    expires_at: datetime
+    last_used_at: datetime
+    actor: str
+    actor_name: str
+    actor_roles: str
+    actor_site: str
+    patient_id: UUID
+    order_id: UUID | None
+    order_status: OrderStatus | None
+    first_accessed_at: datetime | None
+
+
+_LAUNCH: tuple[Any, ...] = (
+    col(LaunchSession.cookie_sha256),
+    col(LaunchSession.ended_at),
+    col(LaunchSession.expires_at),
+    col(LaunchSession.last_used_at),
+    col(LaunchSession.actor),
+    col(LaunchSession.actor_name),
+    col(LaunchSession.actor_roles),
+    col(LaunchSession.actor_site),
+    col(LaunchSession.patient_id).label("launch_patient_id"),
+    col(LaunchSession.order_id),
+    col(Order.status),
+    col(LaunchStudy.first_accessed_at),
+)
+
+
+def _glance() -> sa.Select[Any]:
+    """Session, study and instance in one row; see `app.access.glance`."""
+    uid = sa.bindparam(UID, type_=sa.String())
+    actor = Named(col(LaunchSession.actor), col(LaunchSession.actor_site))
+    tables: sa.FromClause = LaunchSession.__table__  # type: ignore[attr-defined]
+    tables = tables.join(
+        LaunchStudy.__table__,  # type: ignore[attr-defined]
+        sa.and_(
+            col(LaunchStudy.ctx) == col(LaunchSession.ctx),
+            col(LaunchStudy.study_instance_uid) == uid,
+        ),
+    )
+    tables = tables.join(
+        Study.__table__,  # type: ignore[attr-defined]
+        col(Study.study_instance_uid) == uid,
+    )
+    tables = tables.outerjoin(
+        Order.__table__,  # type: ignore[attr-defined]
+        col(Order.id) == col(LaunchSession.order_id),
+    )
+    return (
+        sa.select(*_LAUNCH, *study_columns(actor))
+        .select_from(with_instance(tables))
+        .where(col(LaunchSession.ctx) == sa.bindparam("ctx", type_=sa.String()))
+    )
+
+
+@cache
+def _roles(text: str) -> frozenset[Role]:
+    return frozenset(Role(role) for role in text.split(",") if role)
+
+
+def _principal(sub: str, name: str, roles: str, site: str) -> Principal:
+    return Principal(sub=sub, name=name, roles=_roles(roles), site=site)
 
 
 def _refusal_of_link(launch: LaunchSession, now: datetime) -> LightboxError | None:

@@ -16,6 +16,8 @@ COLUMNS = ("patient_name", "study_description", "folded_name", "folded_descripti
 def upgrade() -> None:
     op.add_column("study", _text("folded_name", "''"))
     op.add_column("study", _text("folded_description", "''"))
+    op.add_column("study", _text("folded_referring_physician", "''"))
+    op.add_column("study", _text("study_id", "''"))
     op.add_column("study", _text("attributes", "'{}'"))
     op.add_column(
         "study",

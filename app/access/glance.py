@@ -1,0 +1,248 @@
+"""The decision on the way of every image: one statement, nothing remembered.
+
+A viewer asks for hundreds of frames. Each request is decided anew, by the facts as they are
+committed at that moment: session or caller, study, patient, relations and instance come in one
+row, and `decide` judges them. So a right that ends ends at the next request, in every process.
+
+A grant is recorded before it counts. For a caller with a token: one record for each study within
+`RECORD_SECONDS`, and one for each transfer of whole files; for a launch session: one a study
+(PS3.15 A.5). Whoever is refused is recorded each time.
+
+`study_columns` is the part of the statement that is the same for a caller with a token and for a
+launch session; `study_access` reads it, and seals what was granted.
+"""
+
+import asyncio
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+from uuid import UUID
+
+import sqlalchemy as sa
+from sqlmodel import col
+
+from app.access.gate import SEAL, Denial
+from app.access.policy import Reason, Relation, Tied, clauses, decide
+from app.audit import Action, AuditTrail, Entry, Origin, Outcome
+from app.db import Reader, utcnow
+from app.errors import NotFound
+from app.identity import Principal
+from app.models import Instance, Patient, Study, UtcDateTime
+
+UID, SERIES_UID, SOP_UID = "study_uid", "series_uid", "sop_uid"
+RECORD_SECONDS = 300.0
+_MOST_REMEMBERED = 10_000
+NO_SUCH_STUDY = "There is no such study among those you may see."
+NOW: sa.ColumnElement[Any] = sa.bindparam("now", type_=UtcDateTime())
+
+
+@dataclass(frozen=True, slots=True)
+class InstanceFacts:
+    """What is known of one instance; `rows` is 0 without pixels, None where that isn't known."""
+
+    sop_instance_uid: str
+    orthanc_id: str
+    sop_class_uid: str
+    transfer_syntax_uid: str
+    number_of_frames: int
+    rows: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class StudyAccess:
+    """A granted access to the bytes of one study, on record. Only `app.access` can make one.
+
+    `instance` is what the request named by all three UIDs, if the study has it. `instance_count`
+    is that of the study; the files of the same study can change only together with it, or with
+    `generation`.
+    """
+
+    principal: Principal
+    patient_id: UUID
+    study_instance_uid: str
+    orthanc_id: str
+    dicom_patient_id: str
+    generation: str
+    instance_count: int
+    instance: InstanceFacts | None
+    ctx: str = ""
+    seal: object = field(default=None, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        if self.seal is not SEAL:
+            raise TypeError("StudyAccess is made by the guards in app.access only")
+
+
+def study_columns(caller: Tied) -> list[Any]:
+    """What is asked about study, instance and relations; see `with_instance`."""
+    holds = clauses(caller, NOW)
+    count = (
+        sa.select(sa.func.count())
+        .select_from(Instance)
+        .where(col(Instance.study_instance_uid) == col(Study.study_instance_uid))
+        .correlate(Study)
+        .scalar_subquery()
+    )
+    return [
+        col(Study.patient_id),
+        col(Study.study_instance_uid),
+        col(Study.orthanc_id),
+        col(Study.dicom_patient_id),
+        col(Study.generation),
+        count.label("instance_count"),
+        col(Instance.sop_instance_uid),
+        col(Instance.orthanc_id).label("instance_orthanc_id"),
+        col(Instance.sop_class_uid),
+        col(Instance.transfer_syntax_uid),
+        col(Instance.number_of_frames),
+        col(Instance.rows),
+        *(holds[relation].label(relation.name.lower()) for relation in Relation),
+    ]
+
+
+def with_instance(study: sa.FromClause) -> sa.FromClause:
+    """`study` joined with its patient, and with the instance that the parameters name."""
+    return study.outerjoin(
+        Patient.__table__,  # type: ignore[attr-defined]
+        col(Patient.id) == col(Study.patient_id),
+    ).outerjoin(
+        Instance.__table__,  # type: ignore[attr-defined]
+        sa.and_(
+            col(Instance.sop_instance_uid) == sa.bindparam(SOP_UID, type_=sa.String()),
+            col(Instance.series_instance_uid) == sa.bindparam(SERIES_UID, type_=sa.String()),
+            col(Instance.study_instance_uid) == col(Study.study_instance_uid),
+        ),
+    )
+
+
+def parameters(study_uid: str, series_uid: str, sop_uid: str) -> dict[str, Any]:
+    """The values of the statement's parameters; empty UIDs name no instance."""
+    return {UID: study_uid, SERIES_UID: series_uid, SOP_UID: sop_uid, "now": utcnow()}
+
+
+def study_access(
+    principal: Principal, action: Action, row: Sequence[Any], ctx: str = ""
+) -> StudyAccess | None:
+    """The access, if the row of `study_columns` names a study and the policy allows it."""
+    patient_id, uid, orthanc_id, dicom_patient_id, generation, count = row[:6]
+    instance = row[6:12]
+    if patient_id is None:
+        return None
+    held = [relation for relation, holds in zip(Relation, row[12:], strict=True) if holds]
+    if not decide(principal, action, held).allowed:
+        return None
+    return StudyAccess(
+        principal=principal,
+        patient_id=patient_id,
+        study_instance_uid=uid,
+        orthanc_id=orthanc_id,
+        dicom_patient_id=dicom_patient_id,
+        generation=generation,
+        instance_count=count,
+        instance=None if instance[0] is None else InstanceFacts(*instance),
+        ctx=ctx,
+        seal=SEAL,
+    )
+
+
+@dataclass(frozen=True)
+class Named:
+    """Whoever a statement's parameters, or columns, name."""
+
+    sub: Any
+    site: Any
+
+
+_CALLER = Named(sa.bindparam("sub", type_=sa.String()), sa.bindparam("site", type_=sa.String()))
+
+
+class StudyGate:
+    """Decides and records what callers with a token ask of a study. One per app."""
+
+    def __init__(self, reader: Reader, trail: AuditTrail) -> None:
+        self._reader = reader
+        self._trail = trail
+        study: sa.FromClause = Study.__table__  # type: ignore[attr-defined]
+        self._statement = reader.prepare(
+            sa.select(*study_columns(_CALLER))
+            .select_from(with_instance(study))
+            .where(col(Study.study_instance_uid) == sa.bindparam(UID, type_=sa.String()))
+        )
+        self._recorded: dict[tuple[str, ...], float] = {}
+        self._recording = asyncio.Lock()
+
+    async def access(
+        self,
+        principal: Principal,
+        action: Action,
+        origin: Origin,
+        study_uid: str,
+        series_uid: str = "",
+        sop_uid: str = "",
+    ) -> StudyAccess:
+        """The access, on record.
+
+        Raises NotFound, in the same words and after the same work, for a study that isn't there
+        and for one that isn't the caller's; Denial where no role of theirs knows the action.
+        """
+        entry = Entry(
+            action=action,
+            outcome=Outcome.DENIED,
+            origin=origin,
+            actor=principal.sub,
+            actor_roles=principal.roles_text,
+        )
+        if decide(principal, action).reason is Reason.ROLE:
+            await self._trail.record(replace(entry, reason=Reason.ROLE.value))
+            raise Denial(Reason.ROLE)
+        values = parameters(study_uid, series_uid, sop_uid)
+        row = await self._reader.first(
+            self._statement, {**values, "sub": principal.sub, "site": principal.site}
+        )
+        access = None if row is None else study_access(principal, action, row)
+        if access is None:
+            known = {} if row is None else {"patient_id": row[0], "study_instance_uid": row[1]}
+            reason = "unknown" if row is None else Reason.NO_RELATIONSHIP.value
+            detail = {"requested": study_uid} if row is None else {}
+            await self._trail.record(replace(entry, reason=reason, detail=detail, **known))
+            raise NotFound(NO_SUCH_STUDY)
+        await self._record(
+            replace(
+                entry,
+                outcome=Outcome.GRANTED,
+                patient_id=access.patient_id,
+                study_instance_uid=access.study_instance_uid,
+            )
+        )
+        return access
+
+    async def refuse(self, principal: Principal, action: Action, origin: Origin, why: str) -> None:
+        """Record a request that no rule allows, whoever asks."""
+        await self._trail.record(
+            Entry(
+                action=action,
+                outcome=Outcome.DENIED,
+                origin=origin,
+                actor=principal.sub,
+                actor_roles=principal.roles_text,
+                reason=why,
+            )
+        )
+
+    async def _record(self, entry: Entry) -> None:
+        key = (
+            *(entry.actor, entry.actor_roles, entry.origin.client_address),
+            *(entry.action.value, entry.study_instance_uid, str(entry.patient_id)),
+        )
+        transfer = entry.action is Action.STUDY_RETRIEVE
+        if not transfer and self._recorded.get(key, 0.0) > time.monotonic():
+            return
+        async with self._recording:
+            # Of many requests at once, the first one writes, and the others wait for it.
+            if not transfer and self._recorded.get(key, 0.0) > time.monotonic():
+                return
+            await self._trail.record(entry)
+            if len(self._recorded) >= _MOST_REMEMBERED:
+                self._recorded.clear()
+            self._recorded[key] = time.monotonic() + RECORD_SECONDS

@@ -1,0 +1,58 @@
+"""Is it still what was kept? A stamp on each study that changes whenever its files do.
+
+What came through Lightbox changes the study's `generation` or its instances, and so counts at
+once. What was changed in Orthanc itself shows in nothing but the study's statistics (a deletion
+inside a study moves neither LastUpdate nor /changes), so those are asked for again after a second;
+with them, whether the archive still holds the study under this one patient alone.
+"""
+
+import asyncio
+import hashlib
+import time
+
+from app.access import StudyAccess
+from app.orthanc import Orthanc
+
+FRESH_SECONDS = 1.0
+_MOST_REMEMBERED = 10_000
+
+
+class Freshness:
+    """Stamps of studies. One per app."""
+
+    def __init__(self, orthanc: Orthanc) -> None:
+        self._orthanc = orthanc
+        self._states: dict[str, tuple[float, str]] = {}
+        self._asking: dict[str, asyncio.Task[str]] = {}
+
+    async def stamp(self, access: StudyAccess) -> str:
+        """16 hexadecimal digits: another file, another stamp.
+
+        Raises NotFound for a study that has gone from the archive, Conflict for one that it holds
+        under two patients, OrthancUnavailable.
+        """
+        state = await self._state(access.study_instance_uid, access.orthanc_id)
+        return hashlib.sha256(f"{access.generation} {state}".encode()).hexdigest()[:16]
+
+    async def _state(self, study_uid: str, orthanc_id: str) -> str:
+        known = self._states.get(orthanc_id)
+        if known is not None and time.monotonic() - known[0] < FRESH_SECONDS:
+            return known[1]
+        asking = self._asking.get(orthanc_id)
+        if asking is None:
+            # Of many requests at once one asks, and goes on asking if its client goes away.
+            asking = asyncio.create_task(self._ask(study_uid, orthanc_id))
+            self._asking[orthanc_id] = asking
+            asking.add_done_callback(lambda _: self._asking.pop(orthanc_id, None))
+        return await asyncio.shield(asking)
+
+    async def _ask(self, study_uid: str, orthanc_id: str) -> str:
+        asked_at = time.monotonic()
+        state, _ = await asyncio.gather(
+            self._orthanc.study_state(orthanc_id),
+            self._orthanc.refuse_shared(study_uid, orthanc_id),
+        )
+        if len(self._states) >= _MOST_REMEMBERED:
+            self._states.clear()
+        self._states[orthanc_id] = (asked_at, state)
+        return state

@@ -1,0 +1,1 @@
+"""How fast Lightbox is, as ratios against the Orthanc behind it: `make bench`."""
