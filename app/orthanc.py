@@ -178,12 +178,6 @@ class Orthanc:
         async with self._stream(path) as chunks:
             yield chunks
 
-    @asynccontextmanager
-    async def content(self, orthanc_id: str, path: str) -> AsyncIterator[AsyncIterator[bytes]]:
-        """The bytes of one element, by Orthanc's own path of it, in chunks. Raises NotFound."""
-        async with self._stream(f"/instances/{_valid_id(orthanc_id)}/content/{path}") as chunks:
-            yield chunks
-
     async def plain_frame(
         self, study_uid: str, series_uid: str, sop_uid: str, number: int
     ) -> bytes:

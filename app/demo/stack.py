@@ -31,7 +31,9 @@ import httpx
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 ORTHANC_CONFIGURATION = REPOSITORY / "orthanc" / "orthanc.json"
-EDGE_TEMPLATE = REPOSITORY / "ohif" / "nginx.conf.template"
+EDGE_TEMPLATES = tuple(
+    REPOSITORY / "ohif" / name for name in ("nginx.conf.template", "orthanc.conf.template")
+)
 OHIF_CONFIGURATION = REPOSITORY / "ohif" / "app-config.js"
 
 LOOPBACK = "127.0.0.1"
@@ -372,16 +374,18 @@ class Edge(Server):
         if not (self.ohif_dir / "index.html").is_file():
             raise SetupError(f"There is no built viewer in {self.ohif_dir}.")
         configuration = self.state_dir / "nginx.conf"
-        # The rendered file holds Orthanc's credential.
-        configuration.touch(mode=0o600)
-        configuration.chmod(0o600)
-        configuration.write_text(self._render(), encoding="utf-8")
+        for template in EDGE_TEMPLATES:
+            rendered = self.state_dir / template.stem
+            # Orthanc's credential is in it.
+            rendered.touch(mode=0o600)
+            rendered.chmod(0o600)
+            rendered.write_text(self._render(template), encoding="utf-8")
         # As root, nginx would give its workers to "nobody", who cannot read our folders.
         as_root = " user root;" if os.geteuid() == 0 else ""
         command: list[str | Path] = [program, "-p", self.state_dir, "-c", configuration]
         return [*command, "-e", self.log_path, "-g", f"daemon off;{as_root}"], os.environ
 
-    def _render(self) -> str:
+    def _render(self, template: Path) -> str:
         values = {
             "LIGHTBOX_EDGE_DIR": str(self.state_dir),
             "LIGHTBOX_ACCESS_LOG": str(self.access_log_path),
@@ -401,8 +405,8 @@ class Edge(Server):
                     f"nginx cannot use the path {value!r} ({name}); move to a folder without "
                     "quotes, backslashes and dollar signs."
                 )
-        template = EDGE_TEMPLATE.read_text(encoding="utf-8")
-        return re.sub(r"\$\{(LIGHTBOX_[A-Z_]+)\}", lambda match: values[match[1]], template)
+        text = template.read_text(encoding="utf-8")
+        return re.sub(r"\$\{(LIGHTBOX_[A-Z_]+)\}", lambda match: values[match[1]], text)
 
     def _answers(self, client: httpx.Client) -> bool:
         # A file, not a route of the app: the edge may stand before the app does.

@@ -29,10 +29,12 @@ Chunks = AbstractAsyncContextManager[AsyncIterator[bytes]]
 
 @dataclass(frozen=True)
 class SendFile:
-    """Bytes for the edge to send: the internal location, and the type to send them as."""
+    """Bytes for the edge to send: the internal location, and the type to send them as. With a
+    `boundary` the edge wraps them as the one part of an answer in parts."""
 
     location: str
     media_type: str
+    boundary: str = ""
 
 
 @dataclass(frozen=True)
@@ -88,10 +90,15 @@ def frame_numbers(text: str, instance: InstanceFacts) -> list[int]:
 def frame(instance: InstanceFacts, number: int, choice: Choice, stamp: str) -> SendFile:
     """One frame as it is stored. Video, which is one file for all frames, is not kept."""
     kept = "" if instance.transfer_syntax_uid in VIDEO_TYPES else f"-kept/{stamp}"
-    return SendFile(
-        f"/_orthanc{kept}/instances/{instance.orthanc_id}/frames/{number - 1}/raw",
-        choice.part_type,
-    )
+    return sent(choice, f"{kept}/instances/{instance.orthanc_id}/frames/{number - 1}/raw")
+
+
+def sent(choice: Choice, path: str) -> SendFile:
+    """What the edge gets from Orthanc by a path, alone or as a part."""
+    if not choice.multipart:
+        return SendFile(f"/_orthanc{path}", choice.part_type)
+    boundary = new_boundary()
+    return SendFile(f"/_orthanc-part/{boundary}{path}", choice.part_type, boundary)
 
 
 # -------------------------------------------------------------------- renderings, thumbnails
@@ -122,7 +129,8 @@ def parse_rendering(parameters: Sequence[tuple[str, str]], allowed: Sequence[str
     """Read `viewport`, `window` and `quality` (PS3.18 8.3.5.1). Raises Unprocessable."""
     given = dict(parameters)
     if len(given) < len(parameters) or not given.keys() <= set(allowed):
-        raise Unprocessable(f"A rendering takes {', '.join(allowed)}, each once.")
+        takes = f"{', '.join(allowed)}, each once" if allowed else "no parameters"
+        raise Unprocessable(f"This address takes {takes}.")
     return Rendering(
         viewport=_read(given, "viewport", "`width,height` in pixels, each 1 to 4096", _viewport),
         window=_read(given, "window", "`center,width` or `center,width,linear`", _window),
@@ -205,9 +213,9 @@ def bulk_tags(path: str) -> list[str] | None:
 # ------------------------------------------------------------------------------------ parts
 
 
-def multipart_type(choice: Choice, boundary: str) -> str:
+def multipart_type(part_type: str, boundary: str) -> str:
     """The Content-Type of an answer in parts (PS3.18 8.6.1.2)."""
-    return f'multipart/related; type="{choice.media_type}"; boundary={boundary}'
+    return f'multipart/related; type="{part_type.partition(";")[0]}"; boundary={boundary}'
 
 
 def new_boundary() -> str:

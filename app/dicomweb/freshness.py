@@ -32,7 +32,8 @@ class Freshness:
         under two patients, OrthancUnavailable.
         """
         state = await self._state(access.study_instance_uid, access.orthanc_id)
-        return hashlib.sha256(f"{access.generation} {state}".encode()).hexdigest()[:16]
+        whole = f"{access.generation} {access.instance_count} {state}"
+        return hashlib.sha256(whole.encode()).hexdigest()[:16]
 
     async def _state(self, study_uid: str, orthanc_id: str) -> str:
         known = self._states.get(orthanc_id)

@@ -113,7 +113,7 @@ def parse_search(parameters: Iterable[tuple[str, str]], allowed: Sequence[str]) 
 
 def _checked(keyword: str, value: str) -> str:
     """A value that can be matched. Raises Unprocessable."""
-    if not value.isprintable() and "\\" not in value:
+    if not value.isprintable():
         raise Unprocessable(f"`{keyword}` holds control characters.")
     if keyword in _RANGES:
         point = _POINT[dictionary_VR(keyword)]
@@ -195,13 +195,18 @@ def _within(column: Any, wanted: str) -> list[sa.ColumnElement[bool]]:
     first, dash, last = wanted.partition("-")
     if not dash:
         # A time of less precision stands for all in it.
-        return [column != "", column.between(first, first + "~")]
+        return [column != "", column.between(first, _last_in(first))]
     limits: list[sa.ColumnElement[bool]] = [column != ""]
     if first:
         limits.append(column >= first)
     if last:
-        limits.append(column <= last + "~")
+        limits.append(column <= _last_in(last))
     return limits
+
+
+def _last_in(text: str) -> str:
+    """The last time in one of less precision (or a date), in the order of any collation."""
+    return text + "235959.999999"[len(text) :]
 
 
 def _like(session: AsyncSession, column: Any, wanted: str) -> sa.ColumnElement[bool]:
@@ -356,7 +361,8 @@ def _page(rows: Sequence[DicomJson], search: Search) -> Found:
 
 def _matches(keyword: str, row: DicomJson, wanted: str) -> bool:
     """PS3.4 C.2.2.2: UID list, range, wildcard and single value matching."""
-    values = [str(each) for each in row.get(_TAGS[keyword], {}).get("Value", [])]
+    said = row.get(_TAGS[keyword], {}).get("Value", [])
+    values = [str(each) for each in said if each is not None] or [""]
     if keyword.endswith("UID"):
         return any(each in _uids(wanted) for each in values)
     if keyword in _RANGES:

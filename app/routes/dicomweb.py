@@ -8,10 +8,11 @@ starts, and in the root of the addresses they give. Storing is in `app.routes.st
 """
 
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from importlib.resources import files as resources
-from typing import Annotated, Any
+from typing import Annotated
 
 from fastapi import Depends, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
@@ -136,27 +137,27 @@ def _found(found: Found, wanted: Search) -> Response:
 
 async def study_metadata(access: StudyAccess, request: Request) -> Response:
     """The metadata of a study."""
-    return await _packed(request, _metadata(request).study(access, _root(request)))
+    return await _packed(request, partial(_metadata(request).study, access))
 
 
 async def series_metadata(access: StudyAccess, request: Request) -> Response:
     """The metadata of a series."""
     uid = request.path_params["series_instance_uid"]
-    return await _packed(request, _metadata(request).series(access, uid, _root(request)))
+    return await _packed(request, partial(_metadata(request).series, access, uid))
 
 
 async def instance_metadata(access: StudyAccess, request: Request) -> Response:
     """The metadata of an instance."""
     instance = files.instance_of(access)
     uid = request.path_params["series_instance_uid"]
-    made = _metadata(request).instance(access, uid, instance.sop_instance_uid, _root(request))
-    return await _packed(request, made)
+    make = partial(_metadata(request).instance, access, uid, instance.sop_instance_uid)
+    return await _packed(request, make)
 
 
-async def _packed(request: Request, making: Any) -> Response:
+async def _packed(request: Request, make: Callable[[str], Awaitable[Packed]]) -> Response:
     media.for_json(_accept(request))
     _refuse_parameters(request)
-    packed: Packed = await making
+    packed = await make(_root(request))
     headers = {"ETag": f'W/"{packed.stamp}"', "Vary": "Accept-Encoding"}
     if _is_known(request, packed.stamp):
         return Response(status_code=304, headers=headers)
@@ -188,13 +189,12 @@ async def retrieve_file(access: StudyAccess, request: Request) -> Response:
     instance = files.instance_of(access)
     choice = media.for_files(_accept(request), [instance.transfer_syntax_uid], one=True)
     stamp = await _freshness(request).stamp(access)
-    if choice.multipart:
-        return await _parts(request, choice, [_file_part(request, instance)], stamp)
-    location = f"/_orthanc/instances/{instance.orthanc_id}/file"
-    return _send(request, SendFile(location, choice.part_type), stamp)
+    # Each part says its own transfer syntax.
+    choice = replace(choice, transfer_syntax=instance.transfer_syntax_uid)
+    return _send(request, files.sent(choice, f"/instances/{instance.orthanc_id}/file"), stamp)
 
 
-def _file_part(request: Request, instance: InstanceFacts | Instance) -> Part:
+def _file_part(request: Request, instance: Instance) -> Part:
     return Part(
         f"application/dicom; transfer-syntax={instance.transfer_syntax_uid}",
         partial(_orthanc(request).file, instance.orthanc_id),
@@ -215,7 +215,7 @@ async def frames(access: StudyAccess, request: Request) -> Response:
     numbers = files.frame_numbers(request.path_params["frames"], instance)
     choice = media.for_frames(_accept(request), instance.transfer_syntax_uid)
     stamp = await _freshness(request).stamp(access)
-    if len(numbers) == 1 and not choice.multipart and not choice.transcode:
+    if len(numbers) == 1 and not choice.transcode:
         return _send(request, files.frame(instance, numbers[0], choice, stamp), stamp)
     if len(numbers) == 1 and not choice.multipart:
         uids = _uids(request)
@@ -289,12 +289,8 @@ async def bulk_data(access: StudyAccess, request: Request) -> Response:
     tags = files.bulk_path(request.path_params["path"])
     choice = media.for_bytes(_accept(request), files.bulk_type(instance, tags))
     stamp = await _freshness(request).stamp(access)
-    path = "/".join(tags)
-    if choice.multipart:
-        opening = partial(_orthanc(request).content, instance.orthanc_id, path)
-        return await _parts(request, choice, [Part(choice.part_type, opening)], stamp)
-    location = f"/_orthanc/instances/{instance.orthanc_id}/content/{path}"
-    return _send(request, SendFile(location, choice.part_type), stamp)
+    path = f"/instances/{instance.orthanc_id}/content/{'/'.join(tags)}"
+    return _send(request, files.sent(choice, path), stamp)
 
 
 async def nothing(_: None, request: Request) -> Response:
@@ -309,12 +305,18 @@ async def nothing(_: None, request: Request) -> Response:
 
 def _send(request: Request, file: SendFile, stamp: str) -> Response:
     """Leave the bytes to the edge, which gets them from Orthanc, or has kept them."""
-    name = f"{stamp} {file.location} {file.media_type}"
+    path = file.location.replace(file.boundary, "") if file.boundary else file.location
+    name = f"{stamp} {path} {file.media_type}"
     tag = hashlib.sha256(name.encode()).hexdigest()[:32]
     if _is_known(request, tag):
         return Response(status_code=304, headers={"ETag": f'"{tag}"'})
     headers = {"X-Accel-Redirect": file.location, "ETag": f'"{tag}"'}
-    return Response(headers=headers, media_type=file.media_type)
+    if not file.boundary:
+        return Response(headers=headers, media_type=file.media_type)
+    headers |= {"ETag": f'W/"{tag}"', "X-Lightbox-Part": file.media_type}
+    return Response(
+        headers=headers, media_type=files.multipart_type(file.media_type, file.boundary)
+    )
 
 
 async def _parts(request: Request, choice: Choice, parts: Sequence[Part], stamp: str) -> Response:
@@ -324,7 +326,7 @@ async def _parts(request: Request, choice: Choice, parts: Sequence[Part], stamp:
     if _is_known(request, tag):
         return Response(status_code=304, headers=headers)
     boundary = files.new_boundary()
-    media_type = files.multipart_type(choice, boundary)
+    media_type = files.multipart_type(choice.media_type, boundary)
     if request.method == "HEAD":
         return Response(headers=headers, media_type=media_type)
     body = await files.begun(files.in_parts(parts, boundary))
