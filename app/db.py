@@ -133,7 +133,7 @@ class Prepared:
 
 
 class Reader:
-    """One committed row by a compiled statement: the read on the way of every image.
+    """Committed rows by a compiled statement: the read on the way of every image.
 
     It goes past the ORM and its pool, which would take longer than the rest of such a request. On
     SQLite it reads on the event loop: tens of microseconds, and never behind a writer (WAL).
@@ -158,6 +158,11 @@ class Reader:
         else:
             self._path = parsed.database or ""
 
+    @property
+    def dialect_name(self) -> str:
+        """`sqlite` or `postgresql`."""
+        return self._dialect.name
+
     def prepare(self, statement: sa.Select[Any]) -> Prepared:
         return Prepared(statement, self._dialect)
 
@@ -180,28 +185,34 @@ class Reader:
     async def first(self, prepared: Prepared, values: Mapping[str, Any]) -> tuple[Any, ...] | None:
         """The first row as it is committed now; None if there is none. Raises
         DatabaseUnavailable."""
+        rows = await self.all(prepared, values)
+        return rows[0] if rows else None
+
+    async def all(self, prepared: Prepared, values: Mapping[str, Any]) -> list[tuple[Any, ...]]:
+        """The rows as they are committed now. Raises DatabaseUnavailable."""
         parameters = prepared.parameters(values)
+        rows: Sequence[Sequence[Any]]
         try:
             if self._sqlite is not None:
-                row = self._sqlite.execute(prepared.text, parameters).fetchone()
+                rows = self._sqlite.execute(prepared.text, parameters).fetchall()
             else:
-                row = await self._first_of_postgres(prepared.text, parameters)
+                rows = await self._all_of_postgres(prepared.text, parameters)
         except (sqlite3.Error, psycopg.Error) as error:
             raise DatabaseUnavailable("The database does not answer. Try again soon.") from error
-        return None if row is None else prepared.read(row)
+        return [prepared.read(row) for row in rows]
 
-    async def _first_of_postgres(self, text: str, parameters: Any) -> Any:
+    async def _all_of_postgres(self, text: str, parameters: Any) -> Sequence[Any]:
         assert self._pool is not None
         for again in (True, False):
             try:
                 async with self._pool.connection() as connection:
                     cursor = await connection.execute(text, parameters)
-                    return await cursor.fetchone()
+                    return await cursor.fetchall()
             except psycopg.OperationalError:
                 # A connection that the server has closed meanwhile is met once.
                 if not again:
                     raise
-        return None
+        return []
 
 
 def migrate(owner_url: str, app_role: str | None = None) -> None:

@@ -15,6 +15,7 @@ from app.access import Gate, StudyGate
 from app.audit import AuditTrail, Origin
 from app.db import Database, Reader
 from app.dicomweb import Freshness, Metadata
+from app.dicomweb.search import Searches
 from app.errors import LightboxError
 from app.identity import TokenVerifier
 from app.intake import Intake
@@ -67,6 +68,7 @@ def create_app(settings: Settings) -> FastAPI:
                 app.state.intake = Intake(settings, orthanc)
                 app.state.studies = StudyGate(reader, gate.trail)
                 app.state.viewer = Viewer(settings, database, gate, orthanc, reader)
+                app.state.searches = Searches(reader)
                 app.state.freshness = Freshness(orthanc)
                 app.state.metadata = Metadata(database, orthanc, app.state.freshness)
                 upkeep = asyncio.create_task(_upkeep(app.state.viewer))

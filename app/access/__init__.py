@@ -6,7 +6,7 @@ route asks the gate.
 """
 
 from app.access.gate import Denial, Gate, PatientAccess, RoleAccess, Subject, VisiblePatients
-from app.access.glance import InstanceFacts, StudyAccess, StudyGate
+from app.access.glance import InstanceFacts, SessionAccess, StudyAccess, StudyGate
 from app.access.guards import (
     Caller,
     DirectGuard,
@@ -34,6 +34,7 @@ __all__ = [
     "Reason",
     "Relation",
     "RoleAccess",
+    "SessionAccess",
     "StudyAccess",
     "StudyGate",
     "StudyGrant",

@@ -74,9 +74,38 @@ class StudyAccess:
             raise TypeError("StudyAccess is made by the guards in app.access only")
 
 
+@dataclass(frozen=True, slots=True)
+class SessionAccess:
+    """A granted access to the studies of one launch session, for a search."""
+
+    principal: Principal
+    patient_id: UUID
+    ctx: str
+    seal: object = field(default=None, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        if self.seal is not SEAL:
+            raise TypeError("SessionAccess is made by the guards in app.access only")
+
+
+def relation_columns(caller: Tied) -> list[Any]:
+    """Which relations hold for the row of `Patient`, in the order of `Relation`."""
+    holds = clauses(caller, NOW)
+    return [holds[relation].label(relation.name.lower()) for relation in Relation]
+
+
+def session_access(
+    principal: Principal, action: Action, patient_id: UUID, row: Sequence[Any], ctx: str
+) -> SessionAccess | None:
+    """The access, if the policy allows it by the relations in the row."""
+    held = [relation for relation, holds in zip(Relation, row, strict=True) if holds]
+    if not decide(principal, action, held).allowed:
+        return None
+    return SessionAccess(principal, patient_id, ctx, SEAL)
+
+
 def study_columns(caller: Tied) -> list[Any]:
     """What is asked about study, instance and relations; see `with_instance`."""
-    holds = clauses(caller, NOW)
     count = (
         sa.select(sa.func.count())
         .select_from(Instance)
@@ -97,7 +126,7 @@ def study_columns(caller: Tied) -> list[Any]:
         col(Instance.transfer_syntax_uid),
         col(Instance.number_of_frames),
         col(Instance.rows),
-        *(holds[relation].label(relation.name.lower()) for relation in Relation),
+        *relation_columns(caller),
     ]
 
 

@@ -11,13 +11,15 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
+from uuid import UUID
 
 import sqlalchemy as sa
 from pydicom.datadict import dictionary_VR, tag_for_keyword
 from sqlmodel import col, select
 from sqlmodel.ext.asyncio.session import AsyncSession
 
-from app.access import PatientAccess, StudyAccess, VisiblePatients
+from app.access import SessionAccess, StudyAccess, VisiblePatients
+from app.db import Reader
 from app.errors import Unprocessable
 from app.models import Instance, LaunchStudy, Patient, Series, Study, folded
 
@@ -128,37 +130,21 @@ def _checked(keyword: str, value: str) -> str:
 # ---------------------------------------------------------------------------------- studies
 
 
-async def visible_studies(window: VisiblePatients, search: Search) -> tuple[Found, list[Study]]:
-    """The studies of visible patients that match, newest first; also as rows of ours."""
+async def visible_studies(window: VisiblePatients, search: Search) -> tuple[Found, set[UUID]]:
+    """The studies of visible patients that match, newest first; and whose they are."""
     query = (
-        select(Study)
+        sa.select(col(Study.patient_id), *_study_columns(_dialect(window.session)))
         .join(Patient, col(Patient.id) == col(Study.patient_id))
         .where(window.condition, *_conditions(window.session, search))
     )
     page = query.order_by(col(Study.study_date).desc(), col(Study.study_instance_uid))
-    studies = (await window.session.exec(page.limit(search.limit).offset(search.offset))).all()
-    total = search.offset + len(studies)
-    if len(studies) == search.limit or (search.offset and not studies):
-        counted = query.with_only_columns(sa.func.count()).order_by(None)
+    connection = await window.session.connection()
+    rows = (await connection.execute(page.limit(search.limit).offset(search.offset))).all()
+    total = search.offset + len(rows)
+    if len(rows) == search.limit or (search.offset and not rows):
+        counted = query.with_only_columns(sa.func.count())
         total = int(await window.session.scalar(counted) or 0)
-    return Found(await _study_rows(window.session, studies), total), list(studies)
-
-
-async def session_studies(access: PatientAccess, search: Search) -> Found:
-    """The studies of a launch session that match; anything else of the patient is not there."""
-    query = (
-        select(Study)
-        .join(LaunchStudy, col(LaunchStudy.study_instance_uid) == col(Study.study_instance_uid))
-        .where(
-            LaunchStudy.ctx == access.ctx,
-            Study.patient_id == access.patient.id,
-            *_conditions(access.session, search),
-        )
-        .order_by(col(Study.study_date).desc(), col(Study.study_instance_uid))
-    )
-    studies = (await access.session.exec(query)).all()
-    page = studies[search.offset : search.offset + search.limit]
-    return Found(await _study_rows(access.session, page), len(studies))
+    return Found([_study_row(row[1:]) for row in rows], total), {row[0] for row in rows}
 
 
 def _conditions(session: AsyncSession, search: Search) -> list[sa.ColumnElement[bool]]:
@@ -190,6 +176,10 @@ def _conditions(session: AsyncSession, search: Search) -> list[sa.ColumnElement[
     return found
 
 
+def _dialect(session: AsyncSession) -> str:
+    return session.get_bind().dialect.name
+
+
 def _within(column: Any, wanted: str) -> list[sa.ColumnElement[bool]]:
     """Range matching (PS3.4 C.2.2.2.5); an absent value is in no range."""
     first, dash, last = wanted.partition("-")
@@ -214,7 +204,7 @@ def _like(session: AsyncSession, column: Any, wanted: str) -> sa.ColumnElement[b
     if "*" not in wanted and "?" not in wanted:
         equal: sa.ColumnElement[bool] = column == wanted
         return equal
-    if session.get_bind().dialect.name == "sqlite":
+    if _dialect(session) == "sqlite":
         # `[` would be a character class to GLOB, and is none to DICOM.
         glob: sa.ColumnElement[bool] = column.op("GLOB", is_comparison=True)(
             wanted.replace("[", "[[]")
@@ -227,122 +217,171 @@ def _like(session: AsyncSession, column: Any, wanted: str) -> sa.ColumnElement[b
     return like
 
 
-async def _study_rows(session: AsyncSession, studies: Sequence[Study]) -> list[DicomJson]:
-    uids = [each.study_instance_uid for each in studies]
-    modalities: dict[str, set[str]] = {uid: set() for uid in uids}
-    series_counts = dict.fromkeys(uids, 0)
-    instance_counts = dict.fromkeys(uids, 0)
-    if uids:
-        series = await session.exec(
-            select(Series.study_instance_uid, Series.modality).where(
-                col(Series.study_instance_uid).in_(uids)
-            )
-        )
-        for uid, modality in series:
-            series_counts[uid] += 1
-            if modality:
-                modalities[uid].add(modality)
-        counted = await session.exec(
-            select(Instance.study_instance_uid, sa.func.count())
-            .where(col(Instance.study_instance_uid).in_(uids))
-            .group_by(col(Instance.study_instance_uid))
-        )
-        for uid, count in counted:
-            instance_counts[uid] = count
+def _study_columns(dialect: str) -> list[Any]:
+    """What `_study_row` reads. Modalities come joined by a backslash, which none can hold."""
+    joined: Any = sa.func.string_agg if dialect == "postgresql" else sa.func.group_concat
+    of_study = col(Series.study_instance_uid) == col(Study.study_instance_uid)
+    series = sa.select(sa.func.count()).select_from(Series).where(of_study)
+    instances = (
+        sa.select(sa.func.count())
+        .select_from(Instance)
+        .where(col(Instance.study_instance_uid) == col(Study.study_instance_uid))
+    )
+    modalities = sa.select(joined(col(Series.modality), sa.literal_column("'\\'"))).where(of_study)
     return [
-        _study_row(
-            each,
-            sorted(modalities[each.study_instance_uid]),
-            series_counts[each.study_instance_uid],
-            instance_counts[each.study_instance_uid],
-        )
-        for each in studies
+        *(getattr(Study, name) for name in _STUDY_FIELDS),
+        modalities.correlate(Study).scalar_subquery().label("modalities"),
+        series.correlate(Study).scalar_subquery().label("series_count"),
+        instances.correlate(Study).scalar_subquery().label("instance_count"),
     ]
 
 
-def _study_row(
-    study: Study, modalities: list[str], series_count: int, instance_count: int
-) -> DicomJson:
+_STUDY_FIELDS = (
+    *("study_instance_uid", "attributes", "study_date", "study_time", "accession_number"),
+    *("study_description", "patient_name", "dicom_patient_id", "patient_birth_date"),
+    "patient_sex",
+)
+
+
+def _study_row(row: Sequence[Any]) -> DicomJson:
     """The attributes of PS3.18 table 10.6.3-3 that are kept."""
+    study = dict(zip(_STUDY_FIELDS, row, strict=False))
+    modalities, series_count, instance_count = row[len(_STUDY_FIELDS) :]
     return _row(
-        study.attributes,
+        study["attributes"],
         SpecificCharacterSet="ISO_IR 192",
-        StudyDate=study.study_date,
-        StudyTime=study.study_time,
-        AccessionNumber=study.accession_number,
+        StudyDate=study["study_date"],
+        StudyTime=study["study_time"],
+        AccessionNumber=study["accession_number"],
         # Never empty: OHIF takes a study without modalities for a missing one.
-        ModalitiesInStudy=modalities or ["OT"],
-        StudyDescription=study.study_description,
-        PatientName=study.patient_name,
-        PatientID=study.dicom_patient_id,
-        PatientBirthDate=study.patient_birth_date,
-        PatientSex=study.patient_sex,
-        StudyInstanceUID=study.study_instance_uid,
+        ModalitiesInStudy=sorted({*(modalities or "").split("\\")} - {""}) or ["OT"],
+        StudyDescription=study["study_description"],
+        PatientName=study["patient_name"],
+        PatientID=study["dicom_patient_id"],
+        PatientBirthDate=study["patient_birth_date"],
+        PatientSex=study["patient_sex"],
+        StudyInstanceUID=study["study_instance_uid"],
         NumberOfStudyRelatedSeries=series_count,
         NumberOfStudyRelatedInstances=instance_count,
     )
 
 
-# ----------------------------------------------------------------------- series and instances
+# ------------------------------------------------------- in a session, and in one study
 
 
-async def study_series(session: AsyncSession, access: StudyAccess, search: Search) -> Found:
-    """The series of the access's study that match, by SeriesNumber."""
-    counts = (
-        sa.select(sa.func.count())
-        .where(col(Instance.series_instance_uid) == col(Series.series_instance_uid))
-        .correlate(Series)
-        .scalar_subquery()
-    )
-    found = await session.exec(
-        select(Series, counts).where(Series.study_instance_uid == access.study_instance_uid)
-    )
-    series = sorted(found.all(), key=lambda each: _number_order(each[0].series_number))
-    rows = [
-        _row(
-            each.attributes,
-            SpecificCharacterSet="ISO_IR 192",
-            Modality=each.modality or "OT",
-            SeriesDescription=each.series_description,
-            StudyInstanceUID=each.study_instance_uid,
-            SeriesInstanceUID=each.series_instance_uid,
-            SeriesNumber=each.series_number,
-            NumberOfSeriesRelatedInstances=count,
+class Searches:
+    """The searches that a viewer makes at every opening, by statements that are prepared once:
+    among the studies of a session, and in one study. They are small: the matching is done here."""
+
+    def __init__(self, reader: Reader) -> None:
+        self._reader = reader
+        of_session = (
+            sa.select(*_study_columns(reader.dialect_name))
+            .join(LaunchStudy, col(LaunchStudy.study_instance_uid) == col(Study.study_instance_uid))
+            .where(
+                col(LaunchStudy.ctx) == sa.bindparam("ctx", type_=sa.String()),
+                col(Study.patient_id) == sa.bindparam("patient_id", type_=sa.Uuid()),
+            )
+            .order_by(col(Study.study_date).desc(), col(Study.study_instance_uid))
         )
-        for each, count in series
-    ]
-    return _page(rows, search)
-
-
-async def study_instances(
-    session: AsyncSession, access: StudyAccess, search: Search, series_uid: str = ""
-) -> Found:
-    """The instances of the access's study, or of one of its series, that match, by series and
-    InstanceNumber. A series that isn't of the study has none."""
-    query = select(Instance).where(Instance.study_instance_uid == access.study_instance_uid)
-    if series_uid:
-        query = query.where(Instance.series_instance_uid == series_uid)
-    instances = sorted(
-        await session.exec(query),
-        key=lambda each: (each.series_instance_uid, *_number_order(each.instance_number)),
-    )
-    rows = [
-        _row(
-            each.attributes,
-            SpecificCharacterSet="ISO_IR 192",
-            SOPClassUID=each.sop_class_uid,
-            SOPInstanceUID=each.sop_instance_uid,
-            StudyInstanceUID=each.study_instance_uid,
-            SeriesInstanceUID=each.series_instance_uid,
-            InstanceNumber=each.instance_number,
-            Rows=each.rows or None,
-            Columns=each.columns or None,
-            NumberOfFrames=each.number_of_frames if each.rows else None,
-            AvailableTransferSyntaxUID=each.transfer_syntax_uid,
+        one = col(Study.study_instance_uid) == _UID
+        self._studies = reader.prepare(of_session)
+        self._study = reader.prepare(of_session.where(one))
+        counts = (
+            sa.select(sa.func.count())
+            .select_from(Instance)
+            .where(col(Instance.series_instance_uid) == col(Series.series_instance_uid))
+            .correlate(Series)
+            .scalar_subquery()
         )
-        for each in instances
-    ]
-    return _page(rows, search)
+        self._series = reader.prepare(
+            sa.select(
+                col(Series.attributes),
+                col(Series.modality),
+                col(Series.series_description),
+                col(Series.series_instance_uid),
+                col(Series.series_number),
+                counts.label("instance_count"),
+            ).where(col(Series.study_instance_uid) == _UID)
+        )
+        instances: Any = sa.select(
+            col(Instance.attributes),
+            col(Instance.sop_class_uid),
+            col(Instance.sop_instance_uid),
+            col(Instance.series_instance_uid),
+            col(Instance.instance_number),
+            col(Instance.rows),
+            col(Instance.columns),
+            col(Instance.number_of_frames),
+            col(Instance.transfer_syntax_uid),
+        ).where(col(Instance.study_instance_uid) == _UID)
+        self._instances = reader.prepare(instances)
+        self._instances_of_series = reader.prepare(
+            instances.where(
+                col(Instance.series_instance_uid) == sa.bindparam("series_uid", type_=sa.String())
+            )
+        )
+
+    async def studies(self, access: SessionAccess, search: Search) -> Found:
+        """The studies of a launch session that match, newest first; anything else of the patient
+        is not there."""
+        values = {"ctx": access.ctx, "patient_id": access.patient_id}
+        wanted = search.matching.get("StudyInstanceUID", "")
+        if wanted and _uids(wanted) == [wanted]:
+            rows = await self._reader.all(self._study, {**values, "uid": wanted})
+        else:
+            rows = await self._reader.all(self._studies, values)
+        return _page([_study_row(each) for each in rows], search)
+
+    async def series(self, access: StudyAccess, search: Search) -> Found:
+        """The series of the access's study that match, by SeriesNumber."""
+        found = await self._reader.all(self._series, {"uid": access.study_instance_uid})
+        rows = [
+            _row(
+                attributes,
+                SpecificCharacterSet="ISO_IR 192",
+                Modality=modality or "OT",
+                SeriesDescription=description,
+                StudyInstanceUID=access.study_instance_uid,
+                SeriesInstanceUID=uid,
+                SeriesNumber=number,
+                NumberOfSeriesRelatedInstances=count,
+            )
+            for attributes, modality, description, uid, number, count in sorted(
+                found, key=lambda each: (*_number_order(each[4]), each[3])
+            )
+        ]
+        return _page(rows, search)
+
+    async def instances(self, access: StudyAccess, search: Search, series_uid: str = "") -> Found:
+        """The instances of the access's study, or of one of its series, that match, by series and
+        InstanceNumber. A series that isn't of the study has none."""
+        values = {"uid": access.study_instance_uid}
+        if series_uid:
+            values["series_uid"] = series_uid
+        statement = self._instances_of_series if series_uid else self._instances
+        found = await self._reader.all(statement, values)
+        found.sort(key=lambda each: (each[3], *_number_order(each[4]), each[2]))
+        rows = [
+            _row(
+                attributes,
+                SpecificCharacterSet="ISO_IR 192",
+                SOPClassUID=sop_class,
+                SOPInstanceUID=sop,
+                StudyInstanceUID=access.study_instance_uid,
+                SeriesInstanceUID=series,
+                InstanceNumber=number,
+                Rows=height or None,
+                Columns=width or None,
+                NumberOfFrames=frames if height else None,
+                AvailableTransferSyntaxUID=syntax,
+            )
+            for attributes, sop_class, sop, series, number, height, width, frames, syntax in found
+        ]
+        return _page(rows, search)
+
+
+_UID = sa.bindparam("uid", type_=sa.String())
 
 
 def _number_order(number: int | None) -> tuple[bool, int]:
@@ -373,6 +412,14 @@ def _matches(keyword: str, row: DicomJson, wanted: str) -> bool:
     return any(fnmatch.fnmatchcase(each, wanted.replace("[", "[[]")) for each in values)
 
 
+def _text(value: Any) -> str:
+    """A value as it is matched; of a name all groups."""
+    if isinstance(value, dict):
+        groups = [value.get(name, "") for name in _GROUPS]
+        return "=".join(groups).rstrip("=")
+    return str(value or "")
+
+
 def _uids(wanted: str) -> list[str]:
     """A list of UIDs (PS3.18 8.3.4.1), by comma or backslash."""
     return wanted.replace("\\", ",").split(",")[:_MOST_ROWS]
@@ -380,6 +427,7 @@ def _uids(wanted: str) -> list[str]:
 
 # ------------------------------------------------------------------------------------- rows
 
+_GROUPS = ("Alphabetic", "Ideographic", "Phonetic")
 _TAGS: Mapping[str, str] = {
     keyword: f"{tag_for_keyword(keyword):08X}"
     for keyword in (
@@ -409,5 +457,5 @@ def _row(attributes: str, **values: Any) -> DicomJson:
 
 
 def _name(text: str) -> dict[str, str]:
-    groups = zip(("Alphabetic", "Ideographic", "Phonetic"), text.split("="), strict=False)
+    groups = zip(_GROUPS, text.split("="), strict=False)
     return {name: group for name, group in groups if group}

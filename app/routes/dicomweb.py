@@ -22,7 +22,7 @@ from app.access import (
     DirectGuard,
     InstanceFacts,
     Nothing,
-    PatientAccess,
+    SessionAccess,
     StudyAccess,
     StudyGrant,
     Visible,
@@ -34,7 +34,7 @@ from app.dicomweb import Freshness, Metadata, files, media, search
 from app.dicomweb.files import Chunks, Part, SendFile
 from app.dicomweb.media import DICOM_JSON, Choice
 from app.dicomweb.metadata import Packed
-from app.dicomweb.search import Found, Search, parse_search
+from app.dicomweb.search import Found, Search, Searches, parse_search
 from app.errors import NotFound
 from app.models import Instance
 from app.orthanc import Orthanc
@@ -69,7 +69,6 @@ SearchAll = Annotated[
     VisiblePatients,
     Depends(Visible(Action.STUDY_LIST, parses_query=True), scope="function"),
 ]
-SearchSession = Annotated[PatientAccess, Depends(ViewerSearch(), scope="function")]
 
 
 class DicomJsonResponse(JSONResponse):
@@ -83,32 +82,28 @@ class DicomJsonResponse(JSONResponse):
 async def search_visible_studies(window: SearchAll, request: Request) -> Response:
     """QIDO-RS among the studies of the patients that the caller may see (PS3.18 10.6)."""
     wanted = _search(request, search.STUDY_MATCHING)
-    found, studies = await search.visible_studies(window, wanted)
-    await window.disclose(each.patient_id for each in studies)
+    found, patients = await search.visible_studies(window, wanted)
+    await window.disclose(patients)
     return _found(found, wanted)
 
 
-@viewer.get("/studies", response_class=DicomJsonResponse)
-async def search_session_studies(access: SearchSession, ctx: str, request: Request) -> Response:
+async def search_session_studies(access: SessionAccess, request: Request) -> Response:
     """QIDO-RS among the session's studies; anything else of the patient is not there."""
     wanted = _search(request, search.STUDY_MATCHING)
-    return _found(await search.session_studies(access, wanted), wanted)
+    return _found(await _searches(request).studies(access, wanted), wanted)
 
 
 async def search_series(access: StudyAccess, request: Request) -> Response:
     """QIDO-RS among the series of one study."""
     wanted = _search(request, search.SERIES_MATCHING)
-    async with _database(request).session() as session:
-        return _found(await search.study_series(session, access, wanted), wanted)
+    return _found(await _searches(request).series(access, wanted), wanted)
 
 
 async def search_instances(access: StudyAccess, request: Request) -> Response:
     """QIDO-RS among the instances of one study, or of one of its series."""
     wanted = _search(request, search.INSTANCE_MATCHING)
     series_uid = request.path_params.get("series_instance_uid", "")
-    async with _database(request).session() as session:
-        found = await search.study_instances(session, access, wanted, series_uid)
-    return _found(found, wanted)
+    return _found(await _searches(request).instances(access, wanted, series_uid), wanted)
 
 
 def _search(request: Request, allowed: Sequence[str]) -> Search:
@@ -364,6 +359,11 @@ def _uids(request: Request) -> tuple[str, str, str]:
     return path["study_instance_uid"], path["series_instance_uid"], path["sop_instance_uid"]
 
 
+def _searches(request: Request) -> Searches:
+    searches: Searches = request.app.state.searches
+    return searches
+
+
 def _database(request: Request) -> Database:
     database: Database = request.app.state.database
     return database
@@ -413,6 +413,7 @@ def _add(router: AccessRouter, see: DirectGuard, fetch: DirectGuard) -> None:
 
 _add(bearer, StudyGrant(Action.STUDY_VIEW), StudyGrant(Action.STUDY_RETRIEVE))
 _add(viewer, ViewerGrant(), ViewerGrant())
+viewer.direct("/studies", search_session_studies, ViewerSearch(), media_types=(DICOM_JSON,))
 
 router = AccessRouter()
 router.include_router(viewer)

@@ -1,11 +1,9 @@
 """The guards of the viewer origin: a launch cookie instead of a bearer token."""
 
-from collections.abc import AsyncIterator
-
 from fastapi import Request
 from sqlmodel.ext.asyncio.session import AsyncSession
 
-from app.access import DirectGuard, Gate, Guard, PatientAccess, StudyAccess, Subject
+from app.access import DirectGuard, Gate, Guard, SessionAccess, StudyAccess, Subject
 from app.access.guards import is_plain, origin_of
 from app.audit import Action, Entry, Outcome
 from app.dicom import parse_uid
@@ -17,16 +15,22 @@ _NOTHING = "There is nothing at this address."
 _DESCRIPTION = {"guard": "viewer-session", "action": Action.STUDY_VIEW.value}
 
 
-class ViewerSearch(Guard):
+class ViewerSearch(DirectGuard):
     """The launch session may search: among its own studies."""
 
-    async def __call__(self, request: Request) -> AsyncIterator[PatientAccess]:
+    async def enter(self, request: Request) -> SessionAccess:
         gate: Gate = request.app.state.gate
         viewer: Viewer = request.app.state.viewer
-        async with gate.transaction([]) as session:
-            launch = await _launch_of(request, session)
-            await _refuse_unless_plain(request, launch)
-            yield await viewer.patient_access(session, launch, origin_of(request))
+        ctx, cookie = request.path_params["ctx"], request.cookies.get(COOKIE_NAME)
+        access = await viewer.glance_to_search(ctx, cookie) if is_plain(request) else None
+        if access is None:
+            async with gate.transaction([]) as session:
+                launch = await _launch_of(request, session)
+                await _refuse_unless_plain(request, launch)
+                await viewer.patient_access(session, launch, origin_of(request))
+            # Something ended between the two.
+            raise NotFound(_NOTHING)
+        return access
 
     def describe(self) -> dict[str, str]:
         return _DESCRIPTION | {"of": Subject.PATIENT.value}

@@ -22,14 +22,23 @@ import sqlalchemy as sa
 from sqlmodel import col, select
 from sqlmodel.ext.asyncio.session import AsyncSession
 
-from app.access import Denial, Gate, PatientAccess, StudyAccess, Subject
-from app.access.glance import UID, Named, parameters, study_access, study_columns, with_instance
+from app.access import Denial, Gate, PatientAccess, SessionAccess, StudyAccess, Subject
+from app.access.glance import (
+    UID,
+    Named,
+    parameters,
+    relation_columns,
+    session_access,
+    study_access,
+    study_columns,
+    with_instance,
+)
 from app.audit import Action, AuditTrail, Entry, Origin, Outcome
 from app.db import Database, Reader, utcnow
 from app.errors import Gone, LightboxError, NotFound, Unauthenticated
 from app.identity import Principal, Role
 from app.linking import StudySummary
-from app.models import LaunchSession, LaunchStudy, Order, OrderStatus, Study
+from app.models import LaunchSession, LaunchStudy, Order, OrderStatus, Patient, Study
 from app.orthanc import Orthanc
 from app.settings import Settings
 from app.viewer.endings import ENDED_SENTENCES, EndedBecause, SessionOver, end_sessions
@@ -70,6 +79,7 @@ class Viewer:
         self._orthanc = orthanc
         self._reader = reader
         self._glance = reader.prepare(_glance())
+        self._search = reader.prepare(_search())
         # Since the last flush: requests by session and study, and when each session was used.
         self._counts: dict[tuple[str, str], tuple[int, datetime]] = {}
         self._used: dict[str, datetime] = {}
@@ -211,27 +221,38 @@ class Viewer:
         row = await self._reader.first(self._glance, {**values, "ctx": ctx})
         if row is None:
             return None
-        launch = _Launch(*row[: len(_LAUNCH)])
-        now = values["now"]
-        if not (
+        launch, (first_accessed_at, *rest) = _Launch(*row[: len(_LAUNCH)]), row[len(_LAUNCH) :]
+        if first_accessed_at is None or not self._is_in_order(launch, cookie, values["now"]):
+            return None
+        access = study_access(launch.principal, Action.STUDY_VIEW, rest, ctx)
+        if access is None or access.patient_id != launch.patient_id:
+            return None
+        self._count(ctx, study_uid, values["now"])
+        return access
+
+    async def glance_to_search(self, ctx: str, cookie: str | None) -> SessionAccess | None:
+        """As `glance`, for a search among the session's studies; None: ask `patient_access`."""
+        now = utcnow()
+        row = await self._reader.first(self._search, {"ctx": ctx, "now": now})
+        if row is None:
+            return None
+        launch, rest = _Launch(*row[: len(_LAUNCH)]), row[len(_LAUNCH) :]
+        if not self._is_in_order(launch, cookie, now):
+            return None
+        action, patient_id = Action.STUDY_VIEW, launch.patient_id
+        return session_access(launch.principal, action, patient_id, rest, ctx)
+
+    def _is_in_order(self, launch: "_Launch", cookie: str | None, now: datetime) -> bool:
+        """Is it this browser's, and alive? It says only yes where `open_session` would."""
+        return (
             launch.cookie_sha256 is not None
             and cookie is not None
             and hmac.compare_digest(launch.cookie_sha256, _sha256(cookie))
             and launch.ended_at is None
-            and launch.first_accessed_at is not None
             and launch.expires_at > now
-            and not self._is_idle(ctx, launch.last_used_at, now)
+            and not self._is_idle(launch.ctx, launch.last_used_at, now)
             and (launch.order_id is None or launch.order_status not in (None, _CANCELLED))
-        ):
-            return None
-        principal = _principal(
-            launch.actor, launch.actor_name, launch.actor_roles, launch.actor_site
         )
-        access = study_access(principal, Action.STUDY_VIEW, row[len(_LAUNCH) :], ctx)
-        if access is None or access.patient_id != launch.patient_id:
-            return None
-        self._count(ctx, study_uid, now)
-        return access
 
     async def study_access(
         self, session: AsyncSession, launch: LaunchSession, study_uid: str, origin: Origin
@@ -486,6 +507,7 @@ _CANCELLED = OrderStatus.CANCELLED
 class _Launch(NamedTuple):
     """What `Viewer.glance` asks about the session; in the order of `_LAUNCH`."""
 
+    ctx: str
     cookie_sha256: str | None
     ended_at: datetime | None
     expires_at: datetime
@@ -497,10 +519,14 @@ class _Launch(NamedTuple):
     patient_id: UUID
     order_id: UUID | None
     order_status: OrderStatus | None
-    first_accessed_at: datetime | None
+
+    @property
+    def principal(self) -> Principal:
+        return _principal(self.actor, self.actor_name, self.actor_roles, self.actor_site)
 
 
 _LAUNCH: tuple[Any, ...] = (
+    col(LaunchSession.ctx),
     col(LaunchSession.cookie_sha256),
     col(LaunchSession.ended_at),
     col(LaunchSession.expires_at),
@@ -512,35 +538,46 @@ _LAUNCH: tuple[Any, ...] = (
     col(LaunchSession.patient_id).label("launch_patient_id"),
     col(LaunchSession.order_id),
     col(Order.status),
-    col(LaunchStudy.first_accessed_at),
 )
+_ACTOR = Named(col(LaunchSession.actor), col(LaunchSession.actor_site))
+_CTX = sa.bindparam("ctx", type_=sa.String())
 
 
 def _glance() -> sa.Select[Any]:
     """Session, study and instance in one row; see `app.access.glance`."""
     uid = sa.bindparam(UID, type_=sa.String())
-    actor = Named(col(LaunchSession.actor), col(LaunchSession.actor_site))
-    tables: sa.FromClause = LaunchSession.__table__  # type: ignore[attr-defined]
-    tables = tables.join(
-        LaunchStudy.__table__,  # type: ignore[attr-defined]
-        sa.and_(
-            col(LaunchStudy.ctx) == col(LaunchSession.ctx),
-            col(LaunchStudy.study_instance_uid) == uid,
-        ),
+    tables = (
+        _table(LaunchSession)
+        .join(
+            _table(LaunchStudy),
+            sa.and_(
+                col(LaunchStudy.ctx) == col(LaunchSession.ctx),
+                col(LaunchStudy.study_instance_uid) == uid,
+            ),
+        )
+        .join(_table(Study), col(Study.study_instance_uid) == uid)
+        .outerjoin(_table(Order), col(Order.id) == col(LaunchSession.order_id))
     )
-    tables = tables.join(
-        Study.__table__,  # type: ignore[attr-defined]
-        col(Study.study_instance_uid) == uid,
-    )
-    tables = tables.outerjoin(
-        Order.__table__,  # type: ignore[attr-defined]
-        col(Order.id) == col(LaunchSession.order_id),
-    )
+    columns = (*_LAUNCH, col(LaunchStudy.first_accessed_at), *study_columns(_ACTOR))
     return (
-        sa.select(*_LAUNCH, *study_columns(actor))
-        .select_from(with_instance(tables))
-        .where(col(LaunchSession.ctx) == sa.bindparam("ctx", type_=sa.String()))
+        sa.select(*columns).select_from(with_instance(tables)).where(col(LaunchSession.ctx) == _CTX)
     )
+
+
+def _search() -> sa.Select[Any]:
+    """Session and patient in one row."""
+    tables = (
+        _table(LaunchSession)
+        .join(_table(Patient), col(Patient.id) == col(LaunchSession.patient_id))
+        .outerjoin(_table(Order), col(Order.id) == col(LaunchSession.order_id))
+    )
+    columns = (*_LAUNCH, *relation_columns(_ACTOR))
+    return sa.select(*columns).select_from(tables).where(col(LaunchSession.ctx) == _CTX)
+
+
+def _table(model: Any) -> sa.FromClause:
+    table: sa.FromClause = model.__table__
+    return table
 
 
 @cache
