@@ -100,9 +100,8 @@ def create_app(settings: Settings) -> FastAPI:
     )
     problems.install(app)
     app.add_middleware(problems.RequestId)
+    app.router.routes[:0] = dicomweb.routes
     for each in (
-        # The first is asked first: its routes are those of every image.
-        dicomweb,
         patients,
         orders,
         uploads,

@@ -210,11 +210,30 @@ class Orthanc:
         self, study_uid: str, series_uid: str, sop_uid: str, number: int
     ) -> AsyncIterator[AsyncIterator[bytes]]:
         """As `plain_frame`, in one chunk."""
+        frame = await self.plain_frame(study_uid, series_uid, sop_uid, number)
 
         async def chunk() -> AsyncIterator[bytes]:
-            yield await self.plain_frame(study_uid, series_uid, sop_uid, number)
+            yield frame
 
         yield chunk()
+
+    async def rendered(self, orthanc_id: str, number: int, query: str, media_type: str) -> bytes:
+        """A frame as a picture, `number` from 1; `query` are Orthanc's own arguments.
+
+        Raises NotAcceptable where Orthanc has no decoder for it.
+        """
+        response = await self._ask(
+            "GET",
+            f"/instances/{_valid_id(orthanc_id)}/frames/{number - 1}/rendered{query}",
+            headers={"Accept": media_type},
+            pass_on=(400, 404, 406, 415, 500, 501),
+        )
+        if response.status_code != 200:
+            raise NotAcceptable(
+                "The image archive can't decompress these pixels, so there is no picture of them; "
+                "ask for the frame as it is stored."
+            )
+        return response.content
 
     @asynccontextmanager
     async def _stream(self, path: str) -> AsyncIterator[AsyncIterator[bytes]]:

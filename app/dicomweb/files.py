@@ -77,7 +77,10 @@ async def instances_of(
 
 
 def frame_numbers(text: str, instance: InstanceFacts) -> list[int]:
-    """The frames of `1` or `1,2,3`, numbered from 1 (PS3.18 10.4.1.1.6). Raises NotFound."""
+    """The frames of `1` or `1,2,3`, numbered from 1 (PS3.18 10.4.1.1.6); all, where none is
+    named. Raises NotFound."""
+    if not text:
+        return list(range(1, instance.number_of_frames + 1))
     numbers = text.split(",")
     if len(numbers) > _MOST_LISTED or not all(_is_number(each, _MOST_FRAMES) for each in numbers):
         raise NotFound("The instance has no such frame.")
@@ -157,7 +160,7 @@ def rendered(
     )
 
 
-def rendered_types(instance: InstanceFacts) -> list[str]:
+def rendered_types(instance: InstanceFacts | Instance) -> list[str]:
     """What an instance can be rendered as, the usual one first. Raises NotFound."""
     if instance.transfer_syntax_uid in VIDEO_TYPES:
         return [VIDEO_TYPES[instance.transfer_syntax_uid]]
@@ -166,6 +169,12 @@ def rendered_types(instance: InstanceFacts) -> list[str]:
     if not has_picture(instance):
         raise NotFound("The instance has no pixels that could be rendered.")
     return ["image/jpeg", "image/png"]
+
+
+def representative(instances: Sequence[Instance]) -> Instance | None:
+    """The one in the middle of those with a picture; None if there is none."""
+    pictures = [each for each in instances if has_picture(each)]
+    return pictures[len(pictures) // 2] if pictures else None
 
 
 def has_picture(instance: InstanceFacts | Instance) -> bool:

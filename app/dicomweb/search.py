@@ -401,9 +401,11 @@ def _page(rows: Sequence[DicomJson], search: Search) -> Found:
 def _matches(keyword: str, row: DicomJson, wanted: str) -> bool:
     """PS3.4 C.2.2.2: UID list, range, wildcard and single value matching."""
     said = row.get(_TAGS[keyword], {}).get("Value", [])
-    values = [str(each) for each in said if each is not None] or [""]
+    values = [_text(each) for each in said] or [""]
     if keyword.endswith("UID"):
         return any(each in _uids(wanted) for each in values)
+    if keyword in _FOLDED:
+        wanted, values = folded(wanted), [folded(each) for each in values]
     if keyword in _RANGES:
         first, dash, last = wanted.partition("-")
         last = last if dash else first
@@ -417,7 +419,7 @@ def _text(value: Any) -> str:
     if isinstance(value, dict):
         groups = [value.get(name, "") for name in _GROUPS]
         return "=".join(groups).rstrip("=")
-    return str(value or "")
+    return "" if value is None else str(value)
 
 
 def _uids(wanted: str) -> list[str]:

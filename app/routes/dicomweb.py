@@ -31,11 +31,11 @@ from app.access import (
 from app.audit import Action
 from app.db import Database
 from app.dicomweb import Freshness, Metadata, files, media, search
-from app.dicomweb.files import Chunks, Part, SendFile
+from app.dicomweb.files import Chunks, Part, Rendering, SendFile
 from app.dicomweb.media import DICOM_JSON, Choice
 from app.dicomweb.metadata import Packed
 from app.dicomweb.search import Found, Search, Searches, parse_search
-from app.errors import NotFound
+from app.errors import NotAcceptable, NotFound
 from app.models import Instance
 from app.orthanc import Orthanc
 from app.problems import method_not_allowed
@@ -56,7 +56,14 @@ class UidConvertor(Convertor[str]):
         return value
 
 
+class AnythingConvertor(UidConvertor):
+    """Whatever follows, line ends too: `path` stops at one, and the request would be nobody's."""
+
+    regex = r"[\s\S]*"
+
+
 register_url_convertor("uid", UidConvertor())
+register_url_convertor("anything", AnythingConvertor())
 
 STUDY = "/studies/{study_instance_uid:uid}"
 SERIES = STUDY + "/series/{series_instance_uid:uid}"
@@ -207,7 +214,7 @@ async def frames(access: StudyAccess, request: Request) -> Response:
     if request.url.query:
         _refuse_parameters(request)
     instance = files.instance_of(access)
-    numbers = files.frame_numbers(request.path_params["frames"], instance)
+    numbers = files.frame_numbers(request.path_params.get("frames", ""), instance)
     choice = media.for_frames(_accept(request), instance.transfer_syntax_uid)
     stamp = await _freshness(request).stamp(access)
     if len(numbers) == 1 and not choice.transcode:
@@ -233,44 +240,68 @@ def _frame(
 
 
 async def rendered(access: StudyAccess, request: Request) -> Response:
-    """A frame as a picture, by default the first (PS3.18 10.4.1.1.3, 8.3.5): `viewport`,
-    `window`, `quality`. A video or an encapsulated PDF as what it is."""
-    instance = files.instance_of(access)
-    (number,) = files.frame_numbers(request.path_params.get("frame", "1"), instance)
+    """A picture of a frame, by default the first; of a study or series one that stands for it
+    (PS3.18 10.4.1.1.3, 8.3.5): `viewport`, `window`, `quality`. A video or an encapsulated PDF as
+    what it is."""
+    instance, number = await _pictured(access, request)
     rendering = files.parse_rendering(
         request.query_params.multi_items(), ("viewport", "window", "quality")
     )
+    if instance is None:
+        raise NotFound("There are no pixels here that could be rendered.")
     media_type = media.for_rendered(_accept(request), files.rendered_types(instance))
-    stamp = await _freshness(request).stamp(access)
-    return _send(request, files.rendered(instance, number, rendering, media_type, stamp), stamp)
+    return await _picture(access, request, instance, number, rendering, media_type)
 
 
 async def thumbnail(access: StudyAccess, request: Request) -> Response:
     """A small picture of a study, a series, an instance or a frame (PS3.18 10.4.1.1.4); an icon
-    where there are no pixels to show."""
+    where there are no pixels to show, or none that the archive can decompress."""
+    instance, number = await _pictured(access, request)
     rendering = files.parse_rendering(request.query_params.multi_items(), ("viewport",))
-    viewport = rendering.viewport or (128, 128)
-    accept = _accept(request)
+    small = files.Rendering(viewport=rendering.viewport or THUMBNAIL)
+    if instance is not None and files.has_picture(instance):
+        media_type = media.for_rendered(_accept(request), ["image/jpeg", "image/png"])
+        try:
+            return await _picture(access, request, instance, number, small, media_type)
+        except NotAcceptable:
+            pass
+    media.for_rendered(_accept(request), ["image/png"])
+    return Response(ICON, media_type="image/png")
+
+
+async def _pictured(
+    access: StudyAccess, request: Request
+) -> tuple[InstanceFacts | Instance | None, int]:
+    """The instance and frame that a picture is asked of."""
     path = request.path_params
-    instance: InstanceFacts | Instance | None
     if "sop_instance_uid" in path:
         instance = files.instance_of(access)
         (number,) = files.frame_numbers(path.get("frame", "1"), instance)
-    else:
-        async with _database(request).session() as session:
-            found = await files.instances_of(session, access, path.get("series_instance_uid", ""))
-        pictures = [each for each in found if files.has_picture(each)]
-        instance = pictures[len(pictures) // 2] if pictures else None
-        number = 1
+        return instance, number
+    async with _database(request).session() as session:
+        found = await files.instances_of(session, access, path.get("series_instance_uid", ""))
+    return files.representative(found), 1
+
+
+async def _picture(
+    access: StudyAccess,
+    request: Request,
+    instance: InstanceFacts | Instance,
+    number: int,
+    rendering: Rendering,
+    media_type: str,
+) -> Response:
     stamp = await _freshness(request).stamp(access)
-    if instance is None or not files.has_picture(instance):
-        media.for_rendered(accept, ["image/png"])
-        return Response(ICON, media_type="image/png")
-    media_type = media.for_rendered(accept, ["image/jpeg", "image/png"])
-    small = files.Rendering(viewport=viewport)
-    return _send(request, files.rendered(instance, number, small, media_type, stamp), stamp)
+    if media_type.startswith("image/") and instance.transfer_syntax_uid not in media.UNCOMPRESSED:
+        # Whether the archive has a decoder shows only when it is asked.
+        picture = await _orthanc(request).rendered(
+            instance.orthanc_id, number, rendering.query, media_type
+        )
+        return Response(picture, media_type=media_type)
+    return _send(request, files.rendered(instance, number, rendering, media_type, stamp), stamp)
 
 
+THUMBNAIL = (128, 128)  # width, height in pixels
 ICON = resources("app.dicomweb").joinpath("no-picture.png").read_bytes()
 
 
@@ -396,14 +427,15 @@ def _add(router: AccessRouter, see: DirectGuard, fetch: DirectGuard) -> None:
     # The most frequent first.
     add(INSTANCE + "/frames/{frames}", frames, see, media_types=(media.OCTETS, *_PARTS))
     add(SERIES + "/metadata", series_metadata, see, media_types=(DICOM_JSON,))
-    add(INSTANCE + "/rendered", rendered, see, media_types=_PICTURES)
+    add(INSTANCE + "/frames", frames, see, media_types=_PARTS)
+    for path in (STUDY, SERIES, INSTANCE, INSTANCE + "/frames/{frame}"):
+        add(path + "/rendered", rendered, see, media_types=_PICTURES)
     add(INSTANCE + "/bulk/{path:path}", bulk_data, see, media_types=(media.OCTETS, *_PARTS))
     add(STUDY + "/series", search_series, see, media_types=(DICOM_JSON,))
     add(STUDY + "/instances", search_instances, see, media_types=(DICOM_JSON,))
     add(SERIES + "/instances", search_instances, see, media_types=(DICOM_JSON,))
     add(STUDY + "/metadata", study_metadata, see, media_types=(DICOM_JSON,))
     add(INSTANCE + "/metadata", instance_metadata, see, media_types=(DICOM_JSON,))
-    add(INSTANCE + "/frames/{frame}/rendered", rendered, see, media_types=_PICTURES)
     for path in (STUDY, SERIES, INSTANCE, INSTANCE + "/frames/{frame}"):
         add(path + "/thumbnail", thumbnail, see, media_types=_PICTURES)
     add(STUDY, retrieve_files, fetch, media_types=_PARTS)
@@ -415,16 +447,15 @@ _add(bearer, StudyGrant(Action.STUDY_VIEW), StudyGrant(Action.STUDY_RETRIEVE))
 _add(viewer, ViewerGrant(), ViewerGrant())
 viewer.direct("/studies", search_session_studies, ViewerSearch(), media_types=(DICOM_JSON,))
 
-router = AccessRouter()
-router.include_router(viewer)
-router.include_router(bearer)
+routes = [*viewer.routes, *bearer.routes]
+"""To stand before all others: what is asked for most is looked for first."""
 
 _ALL = ("GET", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")
 rest = AccessRouter()
 """What is asked for below the roots and is none of the above; to be included last."""
-rest.direct("/dicom-web/{rest:path}", nothing, Nothing(), methods=_ALL, include_in_schema=False)
+rest.direct("/dicom-web/{rest:anything}", nothing, Nothing(), methods=_ALL, include_in_schema=False)
 rest.direct(
-    "/s/{ctx}/dicom-web/{rest:path}",
+    "/s/{ctx}/dicom-web/{rest:anything}",
     nothing,
     ViewerNothing(),
     methods=_ALL,
