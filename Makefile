@@ -5,7 +5,7 @@ LOCK := $(PYTHON) -m uv pip compile --quiet --universal --python-version 3.11 --
 	--no-emit-index-url --no-header --upgrade
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-test demo test check format lock clean
+.PHONY: help setup setup-test demo test check bench format lock clean
 
 help: ## this list
 	@echo 'Lightbox: make <target>'
@@ -29,6 +29,9 @@ check: setup-test ## format, lint, types, layers and the fast tests
 	$(PYTHON) -m mypy
 	.venv/bin/lint-imports
 	$(PYTHON) -m pytest -q tests/unit tests/contract
+
+bench: setup-test ## how fast it is against direct Orthanc: docs/performance.md
+	@exec $(PYTHON) -m tests.bench
 
 format: setup-test ## put the code into shape
 	$(PYTHON) -m ruff format .

@@ -153,8 +153,8 @@ class Orthanc:
                 "shown until a radiology administrator has looked at it."
             )
 
-    async def study_state(self, orthanc_id: str) -> str:
-        """Number and size of a study's files: what changes whenever one of them does.
+    async def study_state(self, orthanc_id: str) -> tuple[int, str]:
+        """Number and size in bytes of a study's files: one changes whenever one of them does.
 
         Raises NotFound.
         """
@@ -163,13 +163,19 @@ class Orthanc:
         if response.status_code == 404:
             raise NotFound("The image archive does not hold this study any more.")
         answer = _json(response)
-        return f"{answer.get('CountInstances')} {_field(answer, 'DiskSize', str)}"
+        return _field(answer, "CountInstances", int), _field(answer, "DiskSize", str)
 
-    @asynccontextmanager
-    async def file(self, orthanc_id: str) -> AsyncIterator[AsyncIterator[bytes]]:
-        """An instance's file, in chunks. Raises NotFound, also where it has gone meanwhile."""
-        async with self._stream(f"/instances/{_valid_id(orthanc_id)}/file") as chunks:
-            yield chunks
+    async def study_instances(self, orthanc_id: str) -> set[str]:
+        """The Orthanc ids of a study's instances; none where it has gone."""
+        found: set[str] = set()
+        for series in await self._children("studies", orthanc_id, "Series"):
+            found.update(await self._children("series", series, "Instances"))
+        return found
+
+    async def _children(self, level: str, orthanc_id: str, field: str) -> list[str]:
+        path = f"/{level}/{_valid_id(orthanc_id)}"
+        response = await self._ask("GET", path, pass_on=(404,))
+        return [] if response.status_code == 404 else list(_field(_json(response), field, list))
 
     @asynccontextmanager
     async def raw_frame(self, orthanc_id: str, number: int) -> AsyncIterator[AsyncIterator[bytes]]:

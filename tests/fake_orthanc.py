@@ -15,6 +15,8 @@ from typing import Any
 import httpx
 import pydicom
 import respx
+from pydicom.encaps import generate_frames
+from pydicom.uid import RLELossless
 
 from app.dicom import orthanc_id
 
@@ -23,12 +25,14 @@ URL = "http://orthanc.test"
 
 @dataclass
 class FakeOrthanc:
-    """Keeps what was stored, and every request it got. `faults` answer first, one each."""
+    """Keeps what was stored, and every request it got. `faults` answer first, one each; then
+    `faults_at`, each to all requests whose path ends so."""
 
     instances: dict[str, pydicom.Dataset] = field(default_factory=dict)
     bodies: dict[str, bytes] = field(default_factory=dict)
     requests: list[tuple[str, str]] = field(default_factory=list)
     faults: list[httpx.Response | Exception] = field(default_factory=list)
+    faults_at: dict[str, httpx.Response | Exception] = field(default_factory=dict)
 
     held: asyncio.Event | None = None
     """While it is not set, no request is answered: an Orthanc that hangs."""
@@ -54,8 +58,9 @@ class FakeOrthanc:
     def _now(self, request: httpx.Request) -> httpx.Response:
         method, path = request.method, request.url.path
         self.requests.append((method, path))
-        if self.faults:
-            fault = self.faults.pop(0)
+        here = [fault for end, fault in self.faults_at.items() if path.endswith(end)]
+        if self.faults or here:
+            fault = self.faults.pop(0) if self.faults else here[0]
             if isinstance(fault, Exception):
                 raise fault
             return fault
@@ -89,6 +94,12 @@ class FakeOrthanc:
         if match:
             digest = hashlib.md5(self.bodies[match[1]], usedforsecurity=False).hexdigest()
             return httpx.Response(200, text=digest)
+        match = re.fullmatch(r"/instances/([0-9a-f-]+)/(file|frames/.*|content/.*)", path)
+        if match:
+            return self._bytes(*match.groups())
+        match = re.fullmatch(r"/dicom-web/.*/instances/([0-9.]+)/frames/([0-9]+)", path)
+        if match:
+            return self._decompressed(match[1], int(match[2]))
         match = re.fullmatch(r"/dicom-web/studies/([0-9.]+)/series/([0-9.]+)/metadata", path)
         if match:
             rows = [
@@ -116,6 +127,49 @@ class FakeOrthanc:
             del self.instances[key], self.bodies[key]
         return httpx.Response(200 if gone else 404, json={})
 
+    def _bytes(self, instance: str, what: str) -> httpx.Response:
+        """`/file`, `/frames/<from 0>/raw` and `/content/<gggg-eeee>/...` of Orthanc's own API."""
+        if instance not in self.instances:
+            return httpx.Response(404, json={"HttpStatus": 404})
+        body = self.bodies[instance]
+        if what == "file":
+            return httpx.Response(200, content=body)
+        found: Any = pydicom.dcmread(BytesIO(body))
+        match = re.fullmatch(r"frames/([0-9]+)/raw", what)
+        if match:
+            frames = _frames(found)
+            if int(match[1]) >= len(frames):
+                return httpx.Response(400, json={"HttpStatus": 400})
+            return httpx.Response(200, content=frames[int(match[1])])
+        if what.endswith("/rendered"):
+            known = not found.file_meta.TransferSyntaxUID.is_encapsulated or _decodes(found)
+            picture = {"Content-Type": "image/jpeg"}
+            return httpx.Response(200 if known else 415, content=b"\xff\xd8\xff", headers=picture)
+        for name in what.removeprefix("content/").split("/"):
+            if "-" not in name:
+                found = found[int(name)] if int(name) < len(found) else None
+            else:
+                tag = int(name.replace("-", ""), 16)
+                found = found[tag].value if tag in found else None
+            if found is None:
+                return httpx.Response(404, json={"HttpStatus": 404})
+        return httpx.Response(200, content=found if isinstance(found, bytes) else str(found))
+
+    def _decompressed(self, sop_uid: str, number: int) -> httpx.Response:
+        """A frame as Explicit VR Little Endian, by the DICOMweb plugin; what it has no decoder
+        for is an error of its own."""
+        for key, each in self.instances.items():
+            if sop_uid == each.SOPInstanceUID:
+                image = pydicom.dcmread(BytesIO(self.bodies[key]))
+                if not _decodes(image):
+                    return httpx.Response(400, json={"HttpStatus": 400})
+                image.decompress()
+                part = b"--b\r\nContent-Type: application/octet-stream\r\n\r\n"
+                body = part + _frames(image)[number - 1] + b"\r\n--b--\r\n"
+                kind = "multipart/related; type=application/octet-stream; boundary=b"
+                return httpx.Response(200, content=body, headers={"Content-Type": kind})
+        return httpx.Response(404, json={"HttpStatus": 404})
+
     def _statistics(self) -> dict[str, Any]:
         ids = [_ids(each) for each in self.instances.values()]
         patients, studies, series, _ = ({each[n] for each in ids} for n in range(4))
@@ -133,6 +187,19 @@ class FakeOrthanc:
         bulk = f"http://localhost/dicom-web/{path}/instances/{image.SOPInstanceUID}/bulk/7fe00010"
         row["7FE00010"] = {"vr": "OW", "BulkDataURI": bulk}
         return row
+
+
+def _decodes(image: pydicom.Dataset) -> bool:
+    return bool(image.file_meta.TransferSyntaxUID == RLELossless)
+
+
+def _frames(image: pydicom.Dataset) -> list[bytes]:
+    """The frames as they are stored."""
+    count = int(image.get("NumberOfFrames") or 1)
+    if image.file_meta.TransferSyntaxUID.is_encapsulated:
+        return list(generate_frames(image.PixelData, number_of_frames=count))
+    size = len(image.PixelData) // count
+    return [image.PixelData[n * size : (n + 1) * size] for n in range(count)]
 
 
 def _ids(image: pydicom.Dataset) -> tuple[str, str, str, str]:

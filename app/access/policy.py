@@ -150,11 +150,15 @@ class Tied(Protocol):
 def clauses(
     caller: Tied, now: datetime | sa.ColumnElement[datetime]
 ) -> dict[Relation, sa.ColumnElement[bool]]:
-    """When each relation holds for the row of `Patient` in the surrounding query."""
+    """When each relation holds for the row of `Patient` in the surrounding query.
+
+    The caller may be columns of that query too: each subquery has only its own tables, or it
+    would ask about anybody's.
+    """
     live_order = (
         sa.select(sa.literal(1))
         .where(col(Order.patient_id) == Patient.id, col(Order.status) != OrderStatus.CANCELLED)
-        .correlate(Patient)
+        .correlate_except(Order)
     )
     at_site = live_order.where(col(Order.order_type) == "IMAGING", col(Order.site) == caller.site)
     member = (
@@ -164,14 +168,14 @@ def clauses(
             col(CareTeamMember.sub) == caller.sub,
             sa.or_(col(CareTeamMember.expires_at).is_(None), col(CareTeamMember.expires_at) > now),
         )
-        .correlate(Patient)
+        .correlate_except(CareTeamMember)
     )
     uploaded = (
         sa.select(sa.literal(1))
         .select_from(Instance)
         .join(Study, col(Study.study_instance_uid) == col(Instance.study_instance_uid))
         .where(col(Study.patient_id) == Patient.id, col(Instance.received_by) == caller.sub)
-        .correlate(Patient)
+        .correlate_except(Instance, Study)
     )
     return {
         Relation.REQUESTED: live_order.where(col(Order.requested_by) == caller.sub).exists(),

@@ -11,7 +11,11 @@ import hashlib
 import time
 
 from app.access import StudyAccess
+from app.models import Instance
 from app.orthanc import Orthanc
+
+State = tuple[int, str]
+"""Number of a study's files in the archive, and their size."""
 
 FRESH_SECONDS = 1.0
 _MOST_REMEMBERED = 10_000
@@ -22,8 +26,8 @@ class Freshness:
 
     def __init__(self, orthanc: Orthanc) -> None:
         self._orthanc = orthanc
-        self._states: dict[str, tuple[float, str]] = {}
-        self._asking: dict[str, asyncio.Task[str]] = {}
+        self._states: dict[str, tuple[float, State]] = {}
+        self._asking: dict[str, asyncio.Task[State]] = {}
 
     async def stamp(self, access: StudyAccess) -> str:
         """16 hexadecimal digits: another file, another stamp.
@@ -47,7 +51,7 @@ class Freshness:
             asking.add_done_callback(lambda _: self._asking.pop(orthanc_id, None))
         return await asyncio.shield(asking)
 
-    async def _ask(self, study_uid: str, orthanc_id: str) -> str:
+    async def _ask(self, study_uid: str, orthanc_id: str) -> State:
         asked_at = time.monotonic()
         state, _ = await asyncio.gather(
             self._orthanc.study_state(orthanc_id),

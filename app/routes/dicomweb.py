@@ -182,7 +182,19 @@ async def retrieve_files(access: StudyAccess, request: Request) -> Response:
         _accept(request), (each.transfer_syntax_uid for each in instances), one=False
     )
     stamp = await _freshness(request).stamp(access)
-    return await _parts(request, choice, [_file_part(request, each) for each in instances], stamp)
+    instances = await _freshness(request).held(access, instances)
+    if not instances:
+        raise NotFound("The image archive does not hold these images any more.")
+    tag = hashlib.sha256(f"{stamp} {request.url.path}".encode()).hexdigest()[:32]
+    headers = {"ETag": f'W/"{tag}"'}
+    if _is_known(request, tag):
+        return Response(status_code=304, headers=headers)
+    boundary = files.new_boundary()
+    media_type = files.multipart_type(choice.media_type, boundary)
+    if request.method == "HEAD":
+        return Response(headers=headers, media_type=media_type)
+    body = b"".join(files.assembled(instances, boundary))
+    return Response(body, headers=headers, media_type=media_type)
 
 
 async def retrieve_file(access: StudyAccess, request: Request) -> Response:
@@ -194,13 +206,6 @@ async def retrieve_file(access: StudyAccess, request: Request) -> Response:
     # Each part says its own transfer syntax.
     choice = replace(choice, transfer_syntax=instance.transfer_syntax_uid)
     return _send(request, files.sent(choice, f"/instances/{instance.orthanc_id}/file"), stamp)
-
-
-def _file_part(request: Request, instance: Instance) -> Part:
-    return Part(
-        f"application/dicom; transfer-syntax={instance.transfer_syntax_uid}",
-        partial(_orthanc(request).file, instance.orthanc_id),
-    )
 
 
 # ----------------------------------------------------------------------------------- frames
@@ -276,7 +281,9 @@ async def _pictured(
     path = request.path_params
     if "sop_instance_uid" in path:
         instance = files.instance_of(access)
-        (number,) = files.frame_numbers(path.get("frame", "1"), instance)
+        number, *more = files.frame_numbers(path.get("frame", "1"), instance)
+        if more:
+            raise NotFound("A picture is of one frame.")
         return instance, number
     async with _database(request).session() as session:
         found = await files.instances_of(session, access, path.get("series_instance_uid", ""))

@@ -51,7 +51,7 @@ def main() -> int:
                     clients,
                     pairs=pairs,
                     database=arguments.database,
-                    command="python -m tests.bench " + " ".join(sys.argv[1:]),
+                    command=_command(arguments, pairs),
                 ),
                 encoding="utf-8",
             )
@@ -70,6 +70,13 @@ def all_rows(site: Site) -> Iterator[AnyRow]:
 
 def _wanted(name: str, only: list[str]) -> bool:
     return not only or any(name == each or name.startswith(f"{each}-") for each in only)
+
+
+def _command(arguments: argparse.Namespace, pairs: int) -> str:
+    """How to measure the same again."""
+    words = ["python -m tests.bench", f"--pairs {pairs}", f"--database {arguments.database}"]
+    words += ["--quick"] if arguments.quick else []
+    return " ".join([*words, *(f"--only {each}" for each in arguments.only)])
 
 
 def _arguments() -> argparse.Namespace:

@@ -14,7 +14,8 @@ from app.demo.ohif import viewer_version
 from app.demo.stack import find_dicomweb_plugin
 from tests.bench.measure import Better, Missing, Result
 
-_NAME = 27
+PAGE = Path(__file__).with_name("page.md")
+_NAME = 30
 HEADING = (
     f"{'row':{_NAME}} {'direct':>10} {'Lightbox':>10}  {'unit':11} "
     f"{'ratio':>7}  {'from - to':>15}  target"
@@ -92,7 +93,7 @@ def page(
         )
         if each.note:
             notes.append(f"### {each.title[0].upper()}{each.title[1:]}\n\n{each.note}\n")
-    return _PAGE.format(
+    text = PAGE.read_text(encoding="utf-8").format(
         date=datetime.now(UTC).date().isoformat(),
         machine="\n".join(f"| {name} | {value} |" for name, value in machine()),
         database="SQLite" if database == "sqlite" else "PostgreSQL, durable",
@@ -102,6 +103,7 @@ def page(
         clients=clients.text,
         notes="\n".join(notes),
     )
+    return text.rstrip() + "\n"
 
 
 def machine() -> list[tuple[str, str]]:
@@ -132,15 +134,3 @@ def _version(command: Sequence[str]) -> str:
     )
     found = re.search(r"\d+(?:\.\d+)+", told.stdout + told.stderr)
     return found[0] if found else "?"
-
-
-_PAGE = """\
-# Performance
-
-<!-- Written by tests/bench (make bench); changes here are lost. -->
-
-How fast Lightbox is, compared with asking the Orthanc behind it directly. The target column is what
-Lightbox is built for; a row that misses it says so.
-
-| what | direct |
-"""

@@ -58,9 +58,10 @@ class _Scale:
                 with source.connect() as old, target.begin() as new:
                     _copy(old, new)
                     _add_studies(new, MANY - self._site.small_studies)
-                if target.dialect.name == "postgresql":  # as autovacuum does in its time
-                    with target.begin() as new:
-                        new.execute(sa.text("ANALYZE"))
+                for each in (source, target):
+                    if each.dialect.name == "postgresql":  # as autovacuum does in its time
+                        with each.begin() as connection:
+                            connection.execute(sa.text("ANALYZE"))
             finally:
                 source.dispose()
                 target.dispose()

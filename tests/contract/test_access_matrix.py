@@ -8,7 +8,7 @@ which right it needs. A route that is new in OpenAPI fails here until it has its
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
-from uuid import uuid4
+from uuid import UUID, uuid4
 
 import httpx
 import pytest
@@ -53,6 +53,7 @@ statistics:read no       no     no    no      no    no       no      yes   no   
 study:delete    no       no     yes   no      no    no       yes     no    no      no
 study:list      empty    yes    yes   empty   yes   empty    yes     no    no      no
 study:read      no       yes    yes   no      yes   no       yes     no    no      no
+study:retrieve  no       yes    yes   no      yes   no       yes     no    no      no
 study:upload    no       no     yes   no      yes   no       yes     no    no      no
 study:view      no       yes    yes   no      yes   no       yes     no    no      no
 tags:modify     no       no     yes   yes     yes   yes      no      no    no      no
@@ -67,17 +68,23 @@ def read_rights(table: str) -> dict[str, dict[str, str]]:
 
 
 RIGHTS = read_rights(RIGHTS_TABLE)
+BY_ROLE = {"admin", "auditor", "nobody"}
+"""Callers whose roles show them no patient's images, whoever the patient is."""
 
 Ask = Callable[[World], dict[str, Any]]
 
 
 @dataclass(frozen=True)
 class Operation:
-    """How an operation is asked about the other patient; `success` is its status when granted."""
+    """How an operation is asked about the other patient; `success` is its status when granted.
+
+    `hides`: to who may see some patients, but not this one, the study is as one that isn't there.
+    """
 
     right: str
     success: int = 200
     ask: Ask = lambda world: {}
+    hides: bool = False
 
 
 def their_file(world: World) -> bytes:
@@ -124,7 +131,7 @@ def a_file_and_tags(world: World) -> dict[str, Any]:
 
 API = "/api/v1"
 STORE = "POST /dicom-web/studies"
-OPERATIONS: Mapping[str, Operation] = {
+OPERATIONS: dict[str, Operation] = {
     f"POST {API}/patients": Operation("patient:create", 201, new_patient),
     f"GET {API}/patients": Operation(
         "patient:list", ask=lambda world: {"params": {"mrn": "MRN-VICTIM"}}
@@ -165,19 +172,38 @@ OPERATIONS: Mapping[str, Operation] = {
     f"GET {API}/audit": Operation(
         "audit:read", ask=lambda world: {"params": {"patient_id": world.theirs["id"]}}
     ),
+    "GET /dicom-web/studies": Operation(
+        "study:list", ask=lambda world: {"params": {"PatientID": "MRN-VICTIM"}}
+    ),
+}
+STUDY = "/studies/{study_instance_uid}"
+SERIES = STUDY + "/series/{series_instance_uid}"
+INSTANCE = SERIES + "/instances/{sop_instance_uid}"
+FILES = {STUDY, SERIES, INSTANCE}
+NAMES_A_SERIES = {
+    *(SERIES, f"{SERIES}/metadata", f"{SERIES}/instances"),
+    *(f"{SERIES}/rendered", f"{SERIES}/thumbnail"),
+    *(INSTANCE, f"{INSTANCE}/metadata", f"{INSTANCE}/rendered", f"{INSTANCE}/thumbnail"),
+    *(f"{INSTANCE}/bulk/{{path}}", f"{INSTANCE}/frames", f"{INSTANCE}/frames/{{frames}}"),
+    *(f"{INSTANCE}/frames/{{frame}}/rendered", f"{INSTANCE}/frames/{{frame}}/thumbnail"),
+}
+NAMES_A_STUDY = NAMES_A_SERIES | {
+    *(STUDY, f"{STUDY}/metadata", f"{STUDY}/series", f"{STUDY}/instances"),
+    *(f"{STUDY}/rendered", f"{STUDY}/thumbnail"),
+}
+"""The resources of DICOMweb: the same ones for bearer tokens and in a viewing session."""
+OPERATIONS |= {
+    f"GET /dicom-web{path}": Operation(
+        "study:retrieve" if path in FILES else "study:view", hides=True
+    )
+    for path in NAMES_A_STUDY
 }
 PUBLIC = {f"GET {API}/dicom/health", "GET /viewer", "GET /s/{ctx}/ended"}
-DICOM_WEB = "GET /s/{ctx}/dicom-web/studies"
-SERIES = DICOM_WEB + "/{study_instance_uid}/series"
-INSTANCE = SERIES + "/{series_instance_uid}/instances/{sop_instance_uid}"
-NAMES_A_SERIES = {
-    f"{SERIES}/{{series_instance_uid}}/metadata",
-    f"{INSTANCE}/frames/{{number}}",
-    f"{INSTANCE}/rendered",
-    f"{INSTANCE}/bulk/{{path}}",
+DICOM_WEB = "GET /s/{ctx}/dicom-web"
+COOKIE = {f"{DICOM_WEB}{path}" for path in NAMES_A_STUDY} | {
+    f"{DICOM_WEB}/studies",
+    "GET /s/{ctx}/status",
 }
-NAMES_A_STUDY = NAMES_A_SERIES | {SERIES}
-COOKIE = NAMES_A_STUDY | {DICOM_WEB, "GET /s/{ctx}/status"}
 
 PATHS: dict[str, dict[str, Any]] = create_app(make_settings("sqlite+aiosqlite://", URL)).openapi()[
     "paths"
@@ -217,6 +243,16 @@ def path_of(name: str, **values: str) -> str:
     return path.format(**values)
 
 
+def of_an_instance(image: Mapping[str, str]) -> dict[str, str]:
+    return {
+        "series_instance_uid": image["series_instance_uid"],
+        "sop_instance_uid": image["sop_instance_uid"],
+        "frames": "1",
+        "frame": "1",
+        "path": "00080018",
+    }
+
+
 def about_them(name: str, world: World) -> str:
     return path_of(
         name,
@@ -224,6 +260,7 @@ def about_them(name: str, world: World) -> str:
         order_id=world.their_order["id"],
         study_instance_uid=world.their_study,
         sub="clinician",
+        **of_an_instance(world.their_image),
     )
 
 
@@ -271,7 +308,7 @@ def test_no_row_is_left_over() -> None:
 
 
 def test_a_bearer_token_is_asked_for_where_one_is_needed() -> None:
-    with_token = {name for name in DECLARED if "security" in declared(name)}
+    with_token = {name for name in DECLARED if declared(name).get("security")}
     assert with_token == set(BEARER_OPERATIONS)
 
 
@@ -313,6 +350,20 @@ async def test_who_may_not(name: str, untouched: Shared) -> None:
             (failed,) = answer.json()["00081198"]["Value"]
             assert failed["00081197"]["Value"] == [0xC404], asked
             assert (decided[0]["outcome"], decided[0]["reason"]) == ("denied", "no-relationship")
+        elif row.hides and caller not in BY_ROLE:
+            assert_problem(answer, 404, asked)
+            unknown = await lightbox.ask(
+                None,
+                method,
+                path.replace(world.their_study, "2.25.404"),
+                claims=CALLERS[caller],
+                **asked_with(row.ask(world), {"X-Request-ID": request_id}),
+            )
+            assert (unknown.status_code, unknown.content) == (404, answer.content), asked
+            assert unknown.headers == answer.headers, asked
+            assert (decided[0]["outcome"], decided[0]["reason"]) == ("denied", "no-relationship")
+            assert decided[0]["patient_id"] == UUID(world.theirs["id"]).hex
+            assert decided[0]["study_instance_uid"] == world.their_study
         else:
             assert_problem(answer, 403, asked)
             assert decided[0]["outcome"] == "denied", asked
@@ -342,6 +393,8 @@ async def test_who_may(
         assert decided["actor"] == CALLERS[caller]["sub"]
         if row.right.endswith(":list"):
             assert len(answer.json()) == 1, asked
+        if row.right == "study:retrieve" or row.hides:
+            assert answer.content or "x-accel-redirect" in answer.headers, asked
         if row.right == "study:delete":
             # For the next one who may.
             body = stored[world.their_image["orthanc_instance_id"]]
@@ -400,10 +453,7 @@ def gateway_path(name: str, ctx: str, image: Mapping[str, str]) -> str:
         name,
         ctx=ctx,
         study_instance_uid=image["study_instance_uid"],
-        series_instance_uid=image["series_instance_uid"],
-        sop_instance_uid=image["sop_instance_uid"],
-        number="1",
-        path="00420011",
+        **of_an_instance(image),
     )
 
 
@@ -457,7 +507,7 @@ async def test_a_viewer_cookie_opens_nothing_of_the_api(name: str, untouched: Sh
         assert_silent(answer, untouched.world)
 
 
-@pytest.mark.parametrize("name", sorted(NAMES_A_STUDY))
+@pytest.mark.parametrize("name", sorted(f"{DICOM_WEB}{each}" for each in NAMES_A_STUDY))
 async def test_my_session_does_not_show_their_study(name: str, untouched: Shared) -> None:
     world, mine = untouched.world, untouched.mine
     answer, recorded = await visit(
@@ -471,10 +521,15 @@ async def test_my_session_does_not_show_their_study(name: str, untouched: Shared
     assert record["detail"] == {"requested": world.their_study}
 
 
-@pytest.mark.parametrize("name", sorted(NAMES_A_SERIES))
+@pytest.mark.parametrize("name", sorted(f"{DICOM_WEB}{each}" for each in NAMES_A_SERIES))
 async def test_their_series_is_not_found_under_my_study(name: str, shared: Shared) -> None:
+    """Nor is Orthanc asked for anything of theirs: at most how my own study is."""
     world, mine = shared.world, shared.mine
-    asked_before = list(shared.orthanc.requests)
+    asked_before = len(shared.orthanc.requests)
+    how_mine_is = {
+        ("GET", f"/studies/{world.my_image['orthanc_study_id']}/statistics"),
+        ("POST", "/tools/lookup"),
+    }
     mixtures = [
         {**world.their_image, "study_instance_uid": world.my_study},
         {**world.my_image, "series_instance_uid": world.their_image["series_instance_uid"]},
@@ -486,9 +541,13 @@ async def test_their_series_is_not_found_under_my_study(name: str, shared: Share
     for image in mixtures:
         path = gateway_path(name, mine.ctx, image)
         answer, _ = await visit(shared.lightbox, path, Cookie=mine.cookie)
-        assert_problem(answer, 404, name)
         assert_silent(answer, world)
-    assert shared.orthanc.requests == asked_before
+        if name.endswith("}/instances"):
+            # A search in what isn't there finds nothing.
+            assert (answer.status_code, answer.json()) == (200, []), name
+        else:
+            assert_problem(answer, 404, name)
+    assert set(shared.orthanc.requests[asked_before:]) <= how_mine_is
 
 
 @pytest.mark.parametrize("name", sorted(COOKIE))

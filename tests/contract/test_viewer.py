@@ -6,14 +6,17 @@ from typing import Any
 
 import httpx
 import pytest
+from python_multipart.multipart import parse_options_header
 
 from app.audit import Origin
 from tests.fake_orthanc import URL, FakeOrthanc
 from tests.images import ct_image
 from tests.lightbox import Lightbox, Opened, Shared, World, make_settings, make_world, running
+from tests.parts import files_of, parts_of
 from tests.tables import change, moment, outcomes, records, rows
 
-FRAME = "/studies/{study}/series/{series}/instances/{instance}/frames/1"
+INSTANCE = "/studies/{study}/series/{series}/instances/{instance}"
+FRAME = f"{INSTANCE}/frames/1"
 
 
 def frame_of(image: dict[str, Any], path: str = FRAME) -> str:
@@ -336,6 +339,24 @@ async def test_a_right_that_is_lost_ends_the_session_at_the_next_byte(
     await assert_ended(view, "right-lost", world.my_image)
 
 
+async def test_what_ties_another_viewer_ties_nobody_else(lightbox: Lightbox, world: World) -> None:
+    """A colleague goes on looking at the same study; whose right is lost does not."""
+    member = f"/patients/{world.mine['id']}/care-team/other"
+    await lightbox.must("service", "PUT", member, json={})
+    mine = await lightbox.open(f"/{world.my_study}")
+    radiologist = await lightbox.open(f"/{world.my_study}", role="radiologist")
+    theirs = await lightbox.open(f"/{world.my_study}", sub="other")
+    views = (mine, radiologist, theirs)
+    for view in views:
+        assert (await view.get(frame_of(world.my_image))).is_success
+    await lightbox.must("service", "DELETE", member)
+    statuses = [(await view.get(frame_of(world.my_image))).status_code for view in views]
+    assert statuses == [200, 200, 403]
+    change(lightbox, "UPDATE imaging_order SET requested_by = 'x'")
+    statuses = [(await view.get(frame_of(world.my_image))).status_code for view in views]
+    assert statuses == [403, 200, 403]
+
+
 async def test_a_role_that_is_taken_away_counts_from_the_next_link(
     lightbox: Lightbox, world: World
 ) -> None:
@@ -508,54 +529,148 @@ async def test_metadata_of_a_study_under_two_patients_is_shown_to_nobody(
     assert "VICTIM" not in answer.text
 
 
-async def test_bytes_are_left_to_the_edge(shared: Shared) -> None:
-    image = shared.world.my_image
-    inner = f"instances/{image['orthanc_instance_id']}"
-    instance = FRAME.removesuffix("/frames/1")
-    for end, location, media_type in (
-        (
-            "/frames/1",
-            f"/_orthanc/{inner}/frames/0/raw",
-            "application/octet-stream; transfer-syntax=1.2.840.10008.1.2.1",
-        ),
-        ("/rendered", f"/_orthanc-image/{inner}/frames/0/rendered", "image/jpeg"),
+OCTETS = "application/octet-stream; transfer-syntax=1.2.840.10008.1.2.1"
+
+
+@pytest.mark.parametrize(
+    ("end", "location", "media_type"),
+    [
+        ("/frames/1", "/_orthanc-kept/{stamp}{inner}/frames/0/raw", OCTETS),
+        ("/rendered", "/_orthanc-image-kept/{stamp}{inner}/frames/0/rendered", "image/jpeg"),
         (
             "/rendered?viewport=256%2C128",
-            f"/_orthanc-image/{inner}/frames/0/rendered?width=256&height=128",
+            "/_orthanc-image-kept/{stamp}{inner}/frames/0/rendered?width=256&height=128",
             "image/jpeg",
         ),
-        ("/bulk/00420011", f"/_orthanc/{inner}/content/0042-0011", "application/octet-stream"),
+        (
+            "/frames/1/rendered?quality=50",
+            "/_orthanc-image-kept/{stamp}{inner}/frames/0/rendered?quality=50",
+            "image/jpeg",
+        ),
+        (
+            "/thumbnail",
+            "/_orthanc-image-kept/{stamp}{inner}/frames/0/rendered?width=128&height=128",
+            "image/jpeg",
+        ),
+        ("/bulk/00420011", "/_orthanc{inner}/content/0042-0011", "application/octet-stream"),
         (
             "/bulk/54000100/1/54001010",
-            f"/_orthanc/{inner}/content/5400-0100/0/5400-1010",
+            "/_orthanc{inner}/content/5400-0100/0/5400-1010",
             "application/octet-stream",
         ),
-    ):
-        answer = await shared.mine.get(frame_of(image, instance + end))
+    ],
+)
+async def test_bytes_are_left_to_the_edge(
+    end: str, location: str, media_type: str, shared: Shared
+) -> None:
+    """Each at the one address of Orthanc that it has; what may be kept, under the study's stamp."""
+    image = shared.world.my_image
+    answer = await shared.mine.get(frame_of(image, INSTANCE + end))
+    assert answer.status_code == 200, answer.text
+    stamp, inner = "(?P<stamp>[0-9a-f]{16})", f"/instances/{image['orthanc_instance_id']}"
+    wanted = re.escape(location).replace(r"\{stamp\}", stamp).replace(r"\{inner\}", inner)
+    assert re.fullmatch(wanted, answer.headers["x-accel-redirect"])
+    assert answer.headers["content-type"] == media_type
+    assert answer.content == b""
+    assert answer.headers["cache-control"] == "no-store"
+    assert re.fullmatch('"[0-9a-f]{32}"', answer.headers["etag"])
+
+
+@pytest.mark.parametrize(
+    ("end", "location", "part_type"),
+    [
+        ("/frames/1", "-kept/{stamp}{inner}/frames/0/raw", OCTETS),
+        ("", "{inner}/file", "application/dicom; transfer-syntax=1.2.840.10008.1.2.1"),
+        ("/bulk/00420011", "{inner}/content/0042-0011", "application/octet-stream"),
+    ],
+)
+async def test_one_part_is_left_to_the_edge_too(
+    end: str, location: str, part_type: str, shared: Shared
+) -> None:
+    """As OHIF asks: the edge puts the bytes between two lines that only the app could choose."""
+    image, main_type = shared.world.my_image, part_type.partition(";")[0]
+    boundaries = set()
+    for accept in (f"multipart/related; type={main_type}; transfer-syntax=*", "multipart/related"):
+        path = frame_of(image, INSTANCE + end)
+        answer = await shared.mine.get(path, headers={"Accept": accept})
         assert answer.status_code == 200, answer.text
-        assert answer.headers["x-accel-redirect"] == location
-        assert answer.headers["content-type"] == media_type
+        kind, parameters = parse_options_header(answer.headers["content-type"])
+        boundary = parameters[b"boundary"].decode()
+        assert (kind, parameters[b"type"]) == (b"multipart/related", main_type.encode())
+        assert re.fullmatch("[0-9a-f]{32}", boundary)
+        wanted = re.escape(location).replace(r"\{stamp\}", "[0-9a-f]{16}")
+        wanted = wanted.replace(r"\{inner\}", f"/instances/{image['orthanc_instance_id']}")
+        redirect = answer.headers["x-accel-redirect"]
+        assert re.fullmatch(f"/_orthanc-part/{boundary}{wanted}", redirect)
+        assert answer.headers["x-lightbox-part"] == part_type
         assert answer.content == b""
+        boundaries.add(boundary)
+    assert len(boundaries) == 2
+
+
+async def test_several_frames_and_files_are_parts_of_one_answer(
+    lightbox: Lightbox, world: World
+) -> None:
+    pixels = [bytes([n]) * 512 for n in range(3)]
+    image = await another_study(
+        lightbox, world, NumberOfFrames=3, PixelData=b"".join(pixels), StudyDescription="cine"
+    )
+    view = await lightbox.open(f"/{image['study_instance_uid']}")
+    for numbers, expected in (("/1,2", [0, 1]), ("/3,1,3", [2, 0, 2]), ("", [0, 1, 2])):
+        answer = await view.get(frame_of(image, f"{INSTANCE}/frames{numbers}"))
+        assert [each.content for each in parts_of(answer)] == [pixels[n] for n in expected]
+        assert {each.media_type for each in parts_of(answer)} == {OCTETS}
+        assert "x-accel-redirect" not in answer.headers
         assert answer.headers["cache-control"] == "no-store"
+    assert (await view.get(frame_of(image, f"{INSTANCE}/frames/1,4"))).status_code == 404
+    for path in ("/studies/{study}", "/studies/{study}/series/{series}"):
+        answer = await view.get(frame_of(image, path))
+        assert files_of(answer) == [image["orthanc_instance_id"]]
+        assert answer.headers["cache-control"] == "no-store"
+
+
+async def test_metadata_is_there_by_study_series_and_instance(shared: Shared) -> None:
+    image, rows = shared.world.my_image, []
+    for path in ("/studies/{study}", "/studies/{study}/series/{series}", INSTANCE):
+        answer = await shared.mine.get(frame_of(image, f"{path}/metadata"))
+        assert answer.status_code == 200, answer.text
+        assert answer.headers["content-type"] == "application/dicom+json"
+        rows.append(answer.json())
+    assert rows[0] == rows[1] == rows[2]
+    assert [row["00080018"]["Value"] for row in rows[0]] == [[image["sop_instance_uid"]]]
+    for path in ("/studies/{study}/instances", "/studies/{study}/series/{series}/instances"):
+        (row,) = (await shared.mine.get(frame_of(image, path))).json()
+        assert row["00080018"]["Value"] == [image["sop_instance_uid"]]
+        assert row["00280010"]["Value"] == [16]
 
 
 @pytest.mark.parametrize(
     ("end", "status"),
     [
-        ("/frames/0", 422),
+        ("/frames/0", 404),
         ("/frames/2", 404),
-        ("/frames/1000001", 422),
-        ("/frames/1,2", 422),
-        ("/frames/-1", 422),
-        ("/frames/x", 422),
-        ("/frames", 404),
+        ("/frames/1000001", 404),
+        ("/frames/1,2", 404),
+        ("/frames/1,", 404),
+        ("/frames/1%2C1", 404),
+        ("/frames/-1", 404),
+        ("/frames/x", 404),
+        ("/frames/1?quality=1", 422),
+        ("/frames", 200),
         ("/frames/1/", 404),
         ("/frames/1/raw", 404),
-        ("", 404),
+        ("/frames/0/rendered", 404),
+        ("/frames/2/rendered", 404),
+        ("/frames/1,1/rendered", 404),
+        ("/frames/2/thumbnail", 404),
+        ("?x=1", 422),
         ("/", 404),
         ("/file", 404),
-        ("/metadata", 404),
+        ("/metadata/", 404),
+        ("/metadata?includefield=all", 422),
         ("/rendered/", 404),
+        ("/rendered?frame=1", 422),
+        ("/rendered?annotation=patient", 422),
         ("/rendered?viewport=0,0", 422),
         ("/rendered?viewport=4097,1", 422),
         ("/rendered?viewport=1,2,3", 422),
@@ -577,8 +692,7 @@ async def test_bytes_are_left_to_the_edge(shared: Shared) -> None:
 async def test_only_what_stands_on_the_list_is_answered(
     end: str, status: int, shared: Shared
 ) -> None:
-    path = frame_of(shared.world.my_image, FRAME.removesuffix("/frames/1") + end)
-    answer = await shared.mine.get(path)
+    answer = await shared.mine.get(frame_of(shared.world.my_image, INSTANCE + end))
     assert answer.status_code == status, answer.text
     assert ("x-accel-redirect" in answer.headers) is (status == 200)
 
@@ -588,12 +702,20 @@ async def test_only_what_stands_on_the_list_is_answered(
     [
         "/series",
         "/instances",
-        "/studies/{mine}",
-        "/studies/{mine}/metadata",
-        "/studies/{mine}/instances",
-        "/studies/{mine}/rendered",
-        "/studies/{mine}/series/{series}",
-        "/studies/{mine}/series/{series}/instances",
+        "/patients",
+        "/",
+        "/studies/",
+        "/studies/{mine}/",
+        "/studies/{mine}/bulkdata",
+        "/studies/{mine}/frames/1",
+        "/studies/{mine}/series/{series}/frames/1",
+        "/studies/{mine}/rendered/",
+        "/studies/{mine}/series/{series}/",
+        "/studies/{theirs}",
+        "/studies/{theirs}/metadata",
+        "/studies/{theirs}/instances",
+        "/studies/{theirs}/thumbnail",
+        "/studies/{theirs}/rendered",
         "/studies/{mine}/../{theirs}/series",
         "/studies/{mine}/%2e%2e/{theirs}/series",
         "/studies/{mine}%2f..%2f{theirs}/series",

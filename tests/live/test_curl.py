@@ -63,7 +63,9 @@ class Terminal:
             command += ["--header", f"Authorization: Bearer {bearer}"]
         address = f"{self.root}{path.format(**self.instances, mrn=self.mrn)}"
         subprocess.run([*command, address], check=True, timeout=60, capture_output=True)
-        status, *lines = head.read_text("latin-1").strip().split("\r\n\r\n")[-1].split("\r\n")
+        status, *lines = (
+            head.read_bytes().decode("latin-1").strip().split("\r\n\r\n")[-1].split("\r\n")
+        )
         pairs = (line.partition(":") for line in lines)
         headers = {name.lower(): value.strip() for name, _, value in pairs}
         content = b"" if "--head" in options else body.read_bytes()

@@ -24,7 +24,7 @@ import pytest
 from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian, generate_uid
 
-from app.demo.stack import EDGE_TEMPLATE, LOOPBACK, AppServer, Edge, OrthancServer, free_port
+from app.demo.stack import EDGE_TEMPLATES, LOOPBACK, AppServer, Edge, OrthancServer, free_port
 
 CTX = "abcdefghijklmnop1234"
 PASSWORD = "only-for-this-test-9%"
@@ -77,7 +77,8 @@ class Recorded:
 @dataclass
 class RecordingApp:
     """Stands in for the app. `?accel=` makes it answer with X-Accel-Redirect, `?type=` sets the
-    type, `?cache=` and `?cookie=` the headers of these names; it takes `?seconds=`."""
+    type, `?part=` that of the part, `?cache=`, `?cookie=` and `?etag=` the headers of these names;
+    it takes `?seconds=`."""
 
     port: int = 0
     requests: list[Recorded] = field(default_factory=list)
@@ -111,6 +112,10 @@ def start_recording_app(app: RecordingApp) -> ThreadingHTTPServer:
                 self.send_header("Cache-Control", query["cache"])
             if "cookie" in query:
                 self.send_header("Set-Cookie", query["cookie"])
+            if "etag" in query:
+                self.send_header("ETag", query["etag"])
+            if "part" in query:
+                self.send_header("X-Lightbox-Part", query["part"])
             self.end_headers()
             if self.command != "HEAD":
                 self.wfile.write(content)
@@ -668,6 +673,11 @@ def test_tricks_at_the_api_origin_reach_nobody(edge: Edge, app: RecordingApp, pa
         "/_orthanc/instances/{id}%2f..%2f..%2fsystem",
         "/_orthanc-image/changes",
         "/_orthanc/studies/{id}/archive",
+        "/_orthanc-kept/0123456789abcdef/system",
+        "/_orthanc-kept/x/instances/{id}/frames/0/raw",
+        "/_orthanc-kept/0123456789abcdef/../system",
+        "/_orthanc-part/x/instances/{id}/frames/0/raw",
+        "/_orthanc-part/0123456789abcdef0123456789abcdef/system",
     ],
 )
 def test_even_the_app_cannot_send_the_edge_elsewhere_in_orthanc(
@@ -699,6 +709,49 @@ def test_a_frame_comes_from_orthanc_under_the_apps_headers(
     assert answer.one("cache-control") == "private, max-age=60"
     assert "content-encoding" not in answer.headers
     assert "www-authenticate" not in answer.headers
+
+
+@pytest.mark.parametrize("origin", ["api", "viewer"])
+@pytest.mark.parametrize("kept", ["", "-kept/0123456789abcdef"])
+def test_a_part_is_wrapped_between_the_apps_boundaries(
+    edge: Edge, app: RecordingApp, instance: tuple[str, bytes], origin: str, kept: str
+) -> None:
+    boundary, part = "0123456789abcdef" * 2, "application/octet-stream;%20transfer-syntax=1.2"
+    target = f"/_orthanc-part/{boundary}{kept}/instances/{instance[0]}/frames/0/raw"
+    kind = f'multipart/related;%20type="application/octet-stream";%20boundary={boundary}'
+    path = f"/dicom-web/frames/1?accel={target}&type={kind}&part={part}&etag=W/%22x%22"
+    port = edge.viewer_port if origin == "viewer" else edge.api_port
+    answer = ask(port, f"/s/{CTX}{path}" if origin == "viewer" else path)
+    assert answer.status == 200
+    head = f"--{boundary}\r\nContent-Type: application/octet-stream; transfer-syntax=1.2\r\n\r\n"
+    assert answer.body == head.encode() + instance[1] + f"\r\n--{boundary}--\r\n".encode()
+    assert answer.one("content-type") == kind.replace("%20", " ")
+    assert answer.one("etag") == 'W/"x"'
+    assert "x-lightbox-part" not in answer.headers
+
+
+def test_what_is_kept_is_sent_to_who_is_led_there_again(
+    edge: Edge, app: RecordingApp, instance: tuple[str, bytes]
+) -> None:
+    """Under the same stamp; each time the app was asked first, and a client never can lead."""
+    for stamp in ("00000000000000aa", "00000000000000ab"):
+        target = f"/_orthanc-kept/{stamp}/instances/{instance[0]}/frames/0/raw"
+        before = len(app.requests)
+        for _ in range(3):
+            answer = ask(
+                edge.viewer_port, f"/s/{CTX}/dicom-web/f?accel={target}&etag=%22{stamp}%22"
+            )
+            assert (answer.status, answer.body) == (200, instance[1])
+            assert answer.one("etag") == f'"{stamp}"'
+        assert len(app.requests) == before + 3
+        for port in (edge.viewer_port, edge.api_port):
+            assert ask(port, target).status == 404
+    unknown = "00000000-00000000-00000000-00000000-00000000"
+    missing = f"/_orthanc-kept/{stamp}/instances/{unknown}/frames/0/raw"
+    for _ in range(2):
+        answer = ask(edge.viewer_port, f"/s/{CTX}/dicom-web/f?accel={missing}")
+        assert answer.status == 404
+        answer.problem()
 
 
 def test_head_of_a_frame(edge: Edge, app: RecordingApp, instance: tuple[str, bytes]) -> None:
@@ -845,13 +898,17 @@ def test_only_the_file_routes_take_more_than_a_mebibyte(edge: Edge, app: Recordi
     largest = b"x" * MEBIBYTE
     assert ask(edge.api_port, "/api/v1/orders", "POST", body=largest).status == 200
     assert app.requests.pop().body == largest
-    for path in ("/api/v1/orders", "/api/v1/dicom/uploads", "/fhir/x", "/dicom-web/studies"):
+    for path in (
+        *("/api/v1/orders", "/api/v1/dicom/uploads", "/fhir/x"),
+        *("/dicom-web/series", "/dicom-web/studies/", "/dicom-web/studies/1.2/series"),
+        *("/dicom-web/studies/x", f"/dicom-web/studies/{'1' * 65}"),
+    ):
         answer = ask(edge.api_port, path, "POST", body=largest + b"x")
         assert answer.status == 413
         answer.problem()
     assert app.requests == []
-    for name in FILE_ROUTES:
-        path = f"/api/v1/dicom/{name}"
+    stores = ("/dicom-web/studies", "/dicom-web/studies/1.2.3")
+    for path in (*(f"/api/v1/dicom/{name}" for name in FILE_ROUTES), *stores):
         assert ask(edge.api_port, path + "?x=1", "POST", body=largest * 3).status == 200
         seen = app.requests.pop()
         assert (seen.path, len(seen.body)) == (path + "?x=1", 3 * MEBIBYTE)
@@ -960,9 +1017,9 @@ def test_two_thousand_slow_senders_close_nothing(
 class ExhaustedEdge(Edge):
     """An edge that runs out of connections soon."""
 
-    def _render(self) -> str:
-        template = super()._render().replace("worker_processes 2;", "worker_processes 1;")
-        return template.replace("worker_connections 8192;", "worker_connections 32;")
+    def _render(self, template: Path) -> str:
+        text = super()._render(template).replace("worker_processes 2;", "worker_processes 1;")
+        return text.replace("worker_connections 8192;", "worker_connections 32;")
 
 
 def test_an_exhausted_edge_logs_no_launch_code(
@@ -1046,14 +1103,17 @@ def test_the_log_tells_no_query_and_no_cookie(edge: Edge, app: RecordingApp) -> 
 def test_the_rendered_configuration_is_private_and_the_template_holds_no_secret(
     edge: Edge,
 ) -> None:
-    rendered = edge.state_dir / "nginx.conf"
-    assert rendered.stat().st_mode & 0o077 == 0
-    assert edge.orthanc.authorization in rendered.read_text()
-    assert "Basic " not in EDGE_TEMPLATE.read_text().replace("`Basic ...`", "")
+    said = ""
+    for template in EDGE_TEMPLATES:
+        rendered = edge.state_dir / template.stem
+        assert rendered.stat().st_mode & 0o077 == 0
+        said += rendered.read_text()
+        assert "Basic " not in template.read_text().replace("`Basic ...`", "")
+    assert edge.orthanc.authorization in said
 
 
 def test_the_template_documents_each_of_its_variables() -> None:
-    template = EDGE_TEMPLATE.read_text()
+    template = "".join(each.read_text() for each in EDGE_TEMPLATES)
     used = set(re.findall(r"\$\{(\w+)\}", template))
     documented = set(re.findall(r"^#   (LIGHTBOX_\w+) ", template, re.MULTILINE))
     assert used == documented

@@ -10,6 +10,11 @@ import pytest
 
 from tests.images import ct_image
 from tests.live.conftest import Edged, Full, audit_of, make_person, sample, stored_frame, unique
+from tests.parts import Part, parts_of
+
+ALONE = "application/octet-stream; transfer-syntax=*"
+IN_PARTS = "multipart/related; type=application/octet-stream; transfer-syntax=*"
+"""As OHIF asks for frames, and as it did by default."""
 
 
 def path_of(uploaded: Any) -> str:
@@ -147,15 +152,18 @@ async def test_a_frame_is_the_pixels_that_were_sent(
     assert answer.status_code == 200, answer.text
     uploaded = answer.json()
     opened = await through_edge.open(f"/order/{person.order['id']}")
-    frame = await opened.get(
-        f"{path_of(uploaded)}/frames/{number}",
-        headers={"Accept": "multipart/related; type=application/octet-stream; transfer-syntax=*"},
-    )
     pixels, syntax = stored_frame(sample(twin) if twin else content, number)
+    named = f"application/octet-stream; transfer-syntax={syntax}"
+    frames = f"{path_of(uploaded)}/frames"
+    frame = await opened.get(f"{frames}/{number}", headers={"Accept": ALONE})
     assert frame.status_code == 200, frame.text
-    assert frame.headers["content-type"] == f"application/octet-stream; transfer-syntax={syntax}"
+    assert frame.headers["content-type"] == named
     assert frame.content == pixels
     assert "content-encoding" not in frame.headers
+    for each, expected in ((f"/{number}", 1), (f"/{number},{number}", 2)):
+        answer = await opened.get(f"{frames}{each}", headers={"Accept": IN_PARTS})
+        assert parts_of(answer) == [Part(named, pixels)] * expected
+        assert "content-encoding" not in answer.headers
     beyond = await opened.get(f"{path_of(uploaded)}/frames/{number + 30}")
     assert beyond.status_code == 404
     # Samples share their UIDs: make room for the next one.
@@ -239,19 +247,25 @@ async def test_the_waveform_of_an_ecg(through_edge: Edged) -> None:
 
 
 async def test_each_credential_opens_its_own_origin_only(through_edge: Edged, full: Full) -> None:
-    """A stolen viewer cookie can't call the API, a bearer token reads no DICOMweb."""
+    """A stolen viewer cookie can't call the API, a bearer token opens no session of a viewer."""
     person = await make_person(through_edge)
     uploaded = (
         await through_edge.upload(ct_image(patient_id=person.mrn), order_id=person.order["id"])
     ).json()
     opened = await through_edge.open(f"/order/{person.order['id']}")
     bearer = f"Bearer {through_edge.token('clinician')}"
-    frame = f"/s/{opened.ctx}/dicom-web{path_of(uploaded)}/frames/1"
+    inside = f"/dicom-web{path_of(uploaded)}/frames/1"
+    frame = f"/s/{opened.ctx}{inside}"
     order = f"/api/v1/orders/{person.order['id']}"
     assert full.get("viewer", frame, Cookie=opened.cookie)[0] == 200
     assert full.get("api", order, Authorization=bearer)[0] == 200
+    assert full.get("api", inside, Authorization=bearer)[0] == 200
     for origin, path, header, status in (
         ("api", order, {"Cookie": opened.cookie}, 401),
+        ("api", inside, {"Cookie": opened.cookie}, 401),
+        ("viewer", inside, {"Cookie": opened.cookie}, 404),
+        ("viewer", inside, {"Authorization": bearer}, 404),
+        ("viewer", "/dicom-web/studies", {"Authorization": bearer}, 404),
         ("api", frame, {"Cookie": opened.cookie}, 404),
         ("api", frame, {"Authorization": bearer}, 404),
         ("viewer", frame, {"Authorization": bearer}, 401),
@@ -281,7 +295,9 @@ async def test_nothing_behind_the_edge_is_reachable(through_edge: Edged, full: F
         "/_page",
         f"{instance}/file",
         "/system",
-        "/dicom-web/studies",
+        "/dicom-web/instances",
+        "/dicom-web/series",
+        f"/dicom-web{instance}/file",
         "/wado?requestType=WADO",
         f"/s/{opened.ctx}/dicom-web/series",
         f"/s/{opened.ctx}/dicom-web/instances",

@@ -1,0 +1,152 @@
+"""Whole studies through WADO-RS: every file as it is stored, or an answer that shows its break."""
+
+import http.client
+import time
+from collections.abc import Iterator
+from contextlib import suppress
+from io import BytesIO
+from typing import Any
+
+import httpx
+import pydicom
+import pytest
+from pydicom.uid import generate_uid
+
+from tests.images import ct_image
+from tests.live.conftest import Edged, Full, Person, make_person
+
+DICOM = 'multipart/related; type="application/dicom"; transfer-syntax=*'
+DIRECTIVE = '<!--# include virtual="/_orthanc/instances/{}/file" -->'
+
+
+async def send(
+    through_edge: Edged, person: Person, count: int = 5, **values: Any
+) -> tuple[list[bytes], Any]:
+    """A study of that many files, as they were sent, and what the last upload answered."""
+    study, series = generate_uid(None), generate_uid(None)
+    files = [
+        ct_image(
+            patient_id=person.mrn,
+            study_uid=study,
+            series_uid=series,
+            InstanceNumber=number,
+            **values,
+        )
+        for number in range(1, count + 1)
+    ]
+    for content in files:
+        answer = await through_edge.upload(content, order_id=person.order["id"])
+        assert answer.status_code == 200, answer.text
+    return files, answer.json()
+
+
+def parts(answer: httpx.Response) -> Iterator[bytes]:
+    boundary = answer.headers["content-type"].partition("boundary=")[2].encode()
+    before, *found, end = answer.content.split(b"--" + boundary)
+    assert before.strip() == b""
+    assert end == b"--\r\n"
+    for each in found:
+        head, _, body = each.partition(b"\r\n\r\n")
+        assert b"content-type: application/dicom; transfer-syntax=" in head.lower()
+        yield body.removesuffix(b"\r\n")
+
+
+@pytest.mark.parametrize("level", ["study", "series"])
+async def test_every_file_comes_as_it_was_sent(through_edge: Edged, full: Full, level: str) -> None:
+    person = await make_person(through_edge)
+    files, image = await send(through_edge, person, count=9)
+    path = f"/studies/{image['study_instance_uid']}"
+    if level == "series":
+        path += f"/series/{image['series_instance_uid']}"
+    opened = await through_edge.open(f"/order/{person.order['id']}")
+    for answer in (
+        await through_edge.ask("clinician", "GET", f"/dicom-web{path}", headers={"Accept": DICOM}),
+        await opened.get(path, headers={"Accept": DICOM}),
+    ):
+        assert answer.status_code == 200, answer.text
+        assert list(parts(answer)) == files
+        assert answer.headers["etag"].startswith('W/"')
+
+
+async def test_a_file_that_has_gone_cuts_the_answer(through_edge: Edged, full: Full) -> None:
+    """What was deleted in Orthanc a moment ago can't be noticed before: then the answer ends
+    without its last boundary, and no client takes it for a whole study."""
+    person = await make_person(through_edge)
+    files, image = await send(through_edge, person)
+    path = f"/dicom-web/studies/{image['study_instance_uid']}"
+    token = through_edge.token("clinician")
+    whole = await through_edge.ask("clinician", "GET", path)
+    assert whole.status_code == 200
+    full.archive.ask("DELETE", f"/instances/{image['orthanc_instance_id']}")
+    connection = http.client.HTTPConnection("localhost", full.edge.api_port, timeout=30)
+    connection.request("GET", path, headers={"Authorization": f"Bearer {token}"})
+    told = connection.getresponse()  # within the second for which the study counts as unchanged
+    assert told.status == 200
+    with pytest.raises(http.client.IncompleteRead):
+        told.read()
+    connection.close()
+
+    # As soon as the change shows, what is left is sent, and whole.
+    deadline = time.monotonic() + 10
+    while True:
+        with suppress(httpx.RemoteProtocolError):
+            answer = await through_edge.ask("clinician", "GET", path)
+            assert list(parts(answer)) == files[:-1]
+            return
+        assert time.monotonic() < deadline, "the study counts as unchanged for too long"
+
+
+async def test_no_directive_of_a_file_is_carried_out(through_edge: Edged, full: Full) -> None:
+    """The envelope has places that the edge fills in; what a file says is never read for them."""
+    victim = await make_person(through_edge, requested_by="other")
+    _, theirs = await send(through_edge, victim, count=1, PatientName="Victim^Vera")
+    planted = DIRECTIVE.format(theirs["orthanc_instance_id"])
+    person = await make_person(through_edge)
+    pixels = (planted * 20).encode().ljust(16 * 16 * 2, b" ")[: 16 * 16 * 2]
+    files, mine = await send(
+        through_edge,
+        person,
+        count=2,
+        PixelData=pixels,
+        StudyDescription=planted[:64],
+        SeriesDescription=planted[:64],
+        ImageComments=planted,
+    )
+    study = f"/dicom-web/studies/{mine['study_instance_uid']}"
+    instance = f"{study}/series/{mine['series_instance_uid']}/instances/{mine['sop_instance_uid']}"
+    for path in (
+        study,
+        f"{study}?{planted}",
+        instance,
+        f"{instance}/frames/1",
+        f"{instance}/frames/1,1",
+        f"{study}/metadata",
+        f"{study}/series",
+        "/dicom-web/studies",
+    ):
+        answer = await through_edge.ask("clinician", "GET", path)
+        assert b"Victim" not in answer.content, path
+    answer = await through_edge.ask("clinician", "GET", study)
+    assert list(parts(answer)) == files
+    # An answer of STOW-RS tells the sender what stood in the file, at the same address.
+    other = ct_image(patient_id=planted[:64], StudyDescription=planted)
+    stored = await through_edge.ask(
+        "technologist",
+        "POST",
+        study,
+        content=other,
+        headers={"Content-Type": "application/dicom", "X-Request-ID": "a"},
+    )
+    assert stored.status_code >= 400
+    assert b"Victim" not in stored.content
+
+
+async def test_a_study_of_many_files(through_edge: Edged, full: Full) -> None:
+    """Beyond 256 files, each gets a smaller share of the edge's memory."""
+    person = await make_person(through_edge)
+    files, image = await send(through_edge, person, count=258)
+    answer = await through_edge.ask(
+        "clinician", "GET", f"/dicom-web/studies/{image['study_instance_uid']}"
+    )
+    assert list(parts(answer)) == files
+    assert pydicom.dcmread(BytesIO(files[-1])).InstanceNumber == 258
