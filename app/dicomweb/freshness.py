@@ -35,11 +35,20 @@ class Freshness:
         Raises NotFound for a study that has gone from the archive, Conflict for one that it holds
         under two patients, OrthancUnavailable.
         """
-        state = await self._state(access.study_instance_uid, access.orthanc_id)
-        whole = f"{access.generation} {access.instance_count} {state}"
+        count, size = await self._state(access.study_instance_uid, access.orthanc_id)
+        # Instances that are linked later count too, though the archive has had them before.
+        whole = f"{access.generation} {access.instance_count} {count} {size}"
         return hashlib.sha256(whole.encode()).hexdigest()[:16]
 
-    async def _state(self, study_uid: str, orthanc_id: str) -> str:
+    async def held(self, access: StudyAccess, instances: list[Instance]) -> list[Instance]:
+        """Those of the study's instances that the archive has not lost. Raises as `stamp` does."""
+        count, _ = await self._state(access.study_instance_uid, access.orthanc_id)
+        if count == access.instance_count:
+            return instances
+        held = await self._orthanc.study_instances(access.orthanc_id)
+        return [each for each in instances if each.orthanc_id in held]
+
+    async def _state(self, study_uid: str, orthanc_id: str) -> State:
         known = self._states.get(orthanc_id)
         if known is not None and time.monotonic() - known[0] < FRESH_SECONDS:
             return known[1]

@@ -65,8 +65,7 @@ class Metadata:
         that it is of this study and this patient. Raises NotFound; Conflict where the archive
         holds the study under two patients; OrthancUnavailable.
         """
-        # Instances that are linked later count too, though the archive has had them before.
-        stamp = f"{await self._freshness.stamp(access)}-{access.instance_count}"
+        stamp = await self._freshness.stamp(access)
         key = (series_uid, root)
         packed = self._memory.get(key)
         if packed is not None and packed.stamp == stamp:

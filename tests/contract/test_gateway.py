@@ -17,7 +17,7 @@ from app.dicomweb import freshness
 from tests.fake_orthanc import FakeOrthanc
 from tests.images import ct_image
 from tests.lightbox import Lightbox, Shared, World
-from tests.matching import matches
+from tests.matching import TAGS, WANTED, many_studies, matches
 from tests.parts import files_of, parts_of
 from tests.tables import REFUSE_RECORDS, change, contents, records, rows
 
@@ -608,8 +608,6 @@ async def test_parts_that_can_not_be_had_are_refused_with_a_status(
 
 # ----------------------------------------------------------------------------------- searches
 
-PEOPLE = ["Doe^Jane", "doe^john", "Dörfler^Zoë", "O'Neil^A[1]", "Roe^R_1%"]
-
 
 async def search(lightbox: Lightbox, params: Any = None, **caller: Any) -> httpx.Response:
     return await ask(lightbox, "/studies", params=params, **caller)
@@ -620,73 +618,8 @@ def uids_of(answer: httpx.Response) -> list[str]:
     return [row["0020000D"]["Value"][0] for row in answer.json()]
 
 
-async def many(lightbox: Lightbox) -> list[dict[str, Any]]:
-    """Ten studies of two patients of `clinician`; as sent, and one of somebody else."""
-    sent: list[dict[str, Any]] = []
-    for n in range(10):
-        mrn = f"MRN-{n % 2}"
-        if n < 2:
-            await lightbox.order(await lightbox.patient(mrn))
-        values = {
-            "PatientName": PEOPLE[n % 5],
-            "StudyDate": f"202501{n + 1:02}",
-            "StudyTime": f"{n + 8:02}1500",
-            "StudyDescription": ("CT thorax", "MR [brain]", "")[n % 3],
-            "StudyID": f"S-{n}",
-            "ReferringPhysicianName": ("Smith^Ann", "Jones^Bo")[n % 2],
-            "Modality": ("CT", "MR", "US")[n % 3],
-        }
-        answer = await lightbox.upload(
-            ct_image(patient_id=mrn, **values), role="service", sub="ehr"
-        )
-        assert answer.status_code == 200, answer.text
-        uid = answer.json()["study_instance_uid"]
-        found = {**values, "StudyInstanceUID": uid, "PatientID": mrn}
-        found["ModalitiesInStudy"] = found.pop("Modality")
-        sent.append(found)
-    other = await lightbox.patient("MRN-VICTIM", first_name="Vera", last_name="Victim")
-    await lightbox.order(other, requested_by="other")
-    content = ct_image(
-        patient_id="MRN-VICTIM",
-        PatientName="Victim^Vera",
-        StudyDate="20250103",
-        StudyID="S-3",
-        StudyDescription="secret study",
-        Modality="NM",
-    )
-    assert (await lightbox.upload(content, role="service", sub="ehr")).status_code == 200
-    return sent
-
-
-TAGS = {
-    "AccessionNumber": "00080050",
-    "ModalitiesInStudy": "00080061",
-    "PatientID": "00100020",
-    "PatientName": "00100010",
-    "ReferringPhysicianName": "00080090",
-    "StudyDate": "00080020",
-    "StudyDescription": "00081030",
-    "StudyID": "00200010",
-    "StudyInstanceUID": "0020000D",
-    "StudyTime": "00080030",
-}
-WANTED = [
-    *(("PatientID", each) for each in ("MRN-0", "MRN-?", "MRN-*", "mrn-0", "*", "", "9")),
-    *(("PatientName", each) for each in ("doe*", "DOE^JANE", "d?rfler^*", "*[1]", "*_1%", "_*")),
-    *(("PatientName", each) for each in ("Doe^Jane^^", "*^*", "*%*", "Do\u0308rfler*")),
-    *(("StudyDate", each) for each in ("20250103", "20250103-", "-20250103", "20250102-20250104")),
-    *(("StudyTime", each) for each in ("10", "1015", "09-11", "-0915", "1215-", "101500-121500")),
-    *(("StudyDescription", each) for each in ("ct*", "*[BRAIN]", "", "CT THORAX", "thorax")),
-    *(("StudyID", each) for each in ("S-3", "S-?", "s-3", "S*")),
-    *(("ReferringPhysicianName", each) for each in ("smith*", "JONES^BO", "x")),
-    *(("ModalitiesInStudy", each) for each in ("CT", "?R", "NM", "ct")),
-    *(("AccessionNumber", each) for each in ("X", "*")),
-    *(("StudyInstanceUID", each) for each in ("9.9.9", "*")),
-]
-
-
 async def test_every_filter_finds_what_the_standard_says(lightbox: Lightbox) -> None:
-    sent = await many(lightbox)
+    sent = await many_studies(lightbox)
     mine = [each["StudyInstanceUID"] for each in sent]
     several = ",".join([mine[1], "9.9.9", mine[4]])
     for keyword, wanted in [*WANTED, ("StudyInstanceUID", several), ("StudyInstanceUID", mine[0])]:
@@ -704,7 +637,7 @@ async def test_every_filter_finds_what_the_standard_says(lightbox: Lightbox) -> 
 
 
 async def test_pages_come_newest_first_and_count_what_is_visible(lightbox: Lightbox) -> None:
-    sent = await many(lightbox)
+    sent = await many_studies(lightbox)
     newest = [each["StudyInstanceUID"] for each in reversed(sent)]
     found: list[str] = []
     for offset in range(0, 12, 3):
@@ -790,7 +723,7 @@ async def test_a_search_that_would_show_more_is_refused(query: str, untouched: S
 
 
 async def test_a_search_is_recorded_with_whom_it_showed(lightbox: Lightbox) -> None:
-    await many(lightbox)
+    await many_studies(lightbox)
     await search(lightbox, {"PatientID": "MRN-0"}, request_id="asks")
     granted, *done = records(lightbox, "asks")
     assert (granted["action"], granted["outcome"]) == ("study:list", "granted")

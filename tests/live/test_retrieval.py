@@ -129,7 +129,7 @@ async def test_no_directive_of_a_file_is_carried_out(through_edge: Edged, full: 
     answer = await through_edge.ask("clinician", "GET", study)
     assert list(parts(answer)) == files
     # An answer of STOW-RS tells the sender what stood in the file, at the same address.
-    other = ct_image(patient_id=planted[:64], StudyDescription=planted)
+    other = ct_image(patient_id=planted[:64], ImageComments=planted)
     stored = await through_edge.ask(
         "technologist",
         "POST",
