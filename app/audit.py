@@ -126,7 +126,7 @@ class AuditTrail:
     @asynccontextmanager
     async def _transaction(self) -> AsyncIterator[AsyncSession]:
         try:
-            async with self._database.session() as session:
+            async with self._database.writing(), self._database.session() as session:
                 yield session
                 await session.commit()
         except (sa.exc.SQLAlchemyError, OSError) as error:

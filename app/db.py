@@ -5,6 +5,7 @@ PostgreSQL the tables belong to one role and the application works as another, w
 and read audit records and nothing else; on both, triggers refuse a change of a record.
 """
 
+import asyncio
 import sqlite3
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
@@ -44,9 +45,13 @@ def insert_if_absent(session: AsyncSession, table: type[SQLModel], **values: Any
 
 
 class Database:
-    """One engine and the sessions made from it. Made by `create_app`'s lifespan or a test."""
+    """One engine and the sessions made from it. Made by `create_app`'s lifespan or a test.
 
-    def __init__(self, url: str) -> None:
+    `beside` is another on the same URL, with which it shares the turn to write.
+    """
+
+    def __init__(self, url: str, beside: "Database | None" = None) -> None:
+        self._turn: asyncio.Lock = asyncio.Lock() if beside is None else beside._turn
         self.engine: AsyncEngine = create_async_engine(
             url, hide_parameters=True, pool_pre_ping=url.startswith("postgresql")
         )
@@ -58,6 +63,16 @@ class Database:
         """A session that is rolled back unless its user commits."""
         async with AsyncSession(self.engine, expire_on_commit=False) as session:
             yield session
+
+    @asynccontextmanager
+    async def writing(self) -> AsyncIterator[None]:
+        """The turn to write, for what is written often. SQLite has one writer at a time; the others
+        would ask again and again, ever more rarely. Hold no turn while you wait for another."""
+        if self.engine.dialect.name != "sqlite":
+            yield
+            return
+        async with self._turn:
+            yield
 
     async def ping(self) -> None:
         """Raises DatabaseUnavailable where the database doesn't answer."""

@@ -52,7 +52,7 @@ def create_app(settings: Settings) -> FastAPI:
         database = Database(settings.database_url)
         # A pool of its own: a request that holds a business connection never waits, for its
         # record, on another request that does the same.
-        trail_database = Database(settings.database_url)
+        trail_database = Database(settings.database_url, beside=database)
         reader = Reader(settings.database_url)
         orthanc = Orthanc.from_settings(settings)
         async with httpx.AsyncClient(timeout=10.0) as client:

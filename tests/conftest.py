@@ -1,5 +1,6 @@
 """Fixtures for all tests. Fast ones run on SQLite and a fake Orthanc; live ones on real parts."""
 
+import asyncio
 import shutil
 import ssl
 from collections.abc import AsyncIterator, Iterator
@@ -7,7 +8,6 @@ from copy import deepcopy
 from functools import cache
 from pathlib import Path
 
-import anyio
 import pytest
 import respx
 
@@ -45,7 +45,7 @@ def filled(
 
     with respx.mock(assert_all_called=False) as router:
         orthanc.install(router)
-        world = anyio.run(fill)
+        world = asyncio.run(fill())
     return path, orthanc, world
 
 

@@ -87,6 +87,13 @@ class FakeOrthanc:
             return httpx.Response(200 if sizes else 404, json=state)
         if method == "DELETE":
             return self._delete(path)
+        match = re.fullmatch(r"/(studies|series)/([0-9a-f-]+)", path)
+        if match:
+            level = {"studies": 1, "series": 2}[match[1]]
+            ids = [_ids(each) for each in self.instances.values()]
+            below = sorted({each[level + 1] for each in ids if each[level] == match[2]})
+            named = {"studies": "Series", "series": "Instances"}[match[1]]
+            return httpx.Response(200 if below else 404, json={named: below})
         match = re.fullmatch(r"/instances/([0-9a-f-]+)/metadata", path)
         if match:
             return httpx.Response(200 if match[1] in self.instances else 404, json=[])

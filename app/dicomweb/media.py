@@ -1,8 +1,9 @@
 """What a client accepts, and what it therefore gets (RFC 9110 12.5.1; PS3.18 8.7). Pure."""
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 from python_multipart.multipart import parse_options_header
 
@@ -85,7 +86,8 @@ class Choice:
         return f"{self.media_type}; transfer-syntax={self.transfer_syntax}"
 
 
-def accepted(header: str) -> list[MediaRange]:
+@lru_cache(maxsize=512)
+def accepted(header: str) -> Sequence[MediaRange]:
     """The ranges of an Accept header, best first; what can't be read in it is left out. Absent
     or empty: anything."""
     if not header.strip():

@@ -143,13 +143,15 @@ class Intake:
             warnings = ["The archive keeps the file as it first came; nothing was rewritten."]
         try:
             self._check_ids(header, stored)
-            await records.link(access, header, stored, digest, found, described)
-            async with promptly():
-                held = await self._orthanc.holds_instance(stored.instance_id)
-            if not held:
-                # A deletion, or the undoing of another upload, was faster.
-                raise Conflict("The study was deleted at the same moment; send the file again.")
-            await access.session.commit()
+            async with caller.gate.database.writing():
+                await records.link(access, header, stored, digest, found, described)
+                async with promptly():
+                    held = await self._orthanc.holds_instance(stored.instance_id)
+                if not held:
+                    # A deletion, or the undoing of another upload, was faster.
+                    await access.session.rollback()
+                    raise Conflict("The study was deleted at the same moment; send the file again.")
+                await access.session.commit()
         except BaseException as error:
             await access.session.rollback()
             await self._take_back(access, stored)

@@ -13,7 +13,7 @@ from pydicom import Dataset
 from pydicom.data import get_testdata_file
 from pydicom.dataset import FileMetaDataset
 from pydicom.encaps import get_frame
-from pydicom.uid import UID, CTImageStorage, ExplicitVRLittleEndian, generate_uid
+from pydicom.uid import UID, ExplicitVRLittleEndian, generate_uid
 
 SIZE = 512
 FRAME_BYTES = SIZE * SIZE * 2
@@ -28,39 +28,33 @@ def uid(*parts: object) -> str:
 def header(
     *, mrn: str, study_uid: str, series_uid: str, number: int, size: int, study_date: str
 ) -> Dataset:
-    """A CT image without its pixels."""
-    image = Dataset()
+    """A CT image without its pixels, with the header that a scanner wrote: pydicom's CT sample,
+    of more than 200 elements. A made-up one of a few dozen would flatter whoever reads it."""
+    path = get_testdata_file("CT_small.dcm", download=False)
+    assert isinstance(path, str), "pydicom no longer ships its CT sample"
+    image = pydicom.dcmread(path)
+    for keyword in ("PixelData", "DataSetTrailingPadding", "IssuerOfPatientID", "OtherPatientIDs"):
+        if keyword in image:
+            delattr(image, keyword)
     image.SpecificCharacterSet = "ISO_IR 192"
-    image.ImageType = ["ORIGINAL", "PRIMARY", "AXIAL"]
-    image.SOPClassUID = CTImageStorage
     image.SOPInstanceUID = uid(series_uid, number)
     image.StudyDate = image.SeriesDate = image.ContentDate = study_date
-    image.StudyTime = image.SeriesTime = image.ContentTime = "103000"
     image.AccessionNumber = ""
-    image.Modality = "CT"
-    image.Manufacturer = "Lightbox"
     image.StudyDescription = "CT for measuring"
     image.SeriesDescription = "Noise, 1 mm"
     image.PatientName = "Bench^Mark"
     image.PatientID = mrn
     image.PatientBirthDate = "19800101"
     image.PatientSex = "F"
-    image.BodyPartExamined = "CHEST"
-    image.SliceThickness = 1
-    image.KVP = 120
-    image.PatientPosition = "HFS"
     image.StudyInstanceUID = study_uid
     image.SeriesInstanceUID = series_uid
-    image.StudyID = "1"
     image.SeriesNumber = 1
     image.InstanceNumber = number
     image.ImagePositionPatient = [-250, -250, number]
     image.ImageOrientationPatient = [1, 0, 0, 0, 1, 0]
     image.FrameOfReferenceUID = uid(study_uid, "frame of reference")
-    image.PositionReferenceIndicator = ""
     image.SliceLocation = number
-    image.SamplesPerPixel = 1
-    image.PhotometricInterpretation = "MONOCHROME2"
+    image.SliceThickness = 1
     image.Rows = image.Columns = size
     image.PixelSpacing = [0.976562, 0.976562]
     image.BitsAllocated = 16
@@ -68,7 +62,6 @@ def header(
     image.PixelRepresentation = 0
     image.WindowCenter, image.WindowWidth = 20, 300
     image.RescaleIntercept, image.RescaleSlope = -1024, 1
-    image.RescaleType = "HU"
     return image
 
 

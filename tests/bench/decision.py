@@ -1,14 +1,21 @@
 """Row 7: how long the app thinks about one request, in this process."""
 
+import asyncio
 from collections.abc import Iterator
 from functools import partial
+from time import perf_counter
 
-from tests.bench.client import NotRun
+from fastapi import Request
+
+from app.main import create_app
+from app.viewer import ViewerGrant
+from tests.bench.client import BenchError
 from tests.bench.measure import Figure
 from tests.bench.site import Site
 
 MEDIAN_LIMIT_MS = 0.3
 TAIL_LIMIT_MS = 2.0
+DECISIONS = 3000
 
 
 def rows(site: Site) -> Iterator[Figure]:
@@ -27,4 +34,43 @@ def rows(site: Site) -> Iterator[Figure]:
 
 def decision_row(site: Site, percentile: int) -> float:
     """Milliseconds within which that many percent of the decisions are made."""
-    raise NotRun("app.access has no decision that can be timed by itself yet")
+    return asyncio.run(_decide(site, percentile))
+
+
+async def _decide(site: Site, percentile: int) -> float:
+    """The guard of a frame's route, asked as the route asks it, by an app in this process that
+    shares the database with the one that runs."""
+    ct = site.ct
+    session = site.open(f"/order/{ct.order['id']}")
+    study, series, instance = ct.images[0].study, ct.images[0].series, ct.images[0].instance
+    app = create_app(site.lightbox.settings)
+    ctx = session.root.split("/")[2]
+    path = f"{session.root}/studies/{study}/series/{series}/instances/{instance}/frames/1"
+    scope = {
+        "type": "http",
+        "app": app,
+        "method": "GET",
+        "path": path,
+        "raw_path": path.encode(),
+        "query_string": b"",
+        "headers": [(b"cookie", session.source.headers["Cookie"].encode())],
+        "client": ("127.0.0.1", 1),
+        "state": {"request_id": "bench"},
+        "path_params": {
+            "ctx": ctx,
+            "study_instance_uid": study,
+            "series_instance_uid": series,
+            "sop_instance_uid": instance,
+        },
+    }
+    guard, took = ViewerGrant(), []
+    async with app.router.lifespan_context(app):
+        await guard.enter(Request(dict(scope)))  # the first one is recorded
+        for _ in range(DECISIONS):
+            began = perf_counter()
+            access = await guard.enter(Request(dict(scope)))
+            took.append(perf_counter() - began)
+            if access.instance is None:
+                raise BenchError("the decision does not know the instance")
+    took.sort()
+    return 1000 * took[len(took) * percentile // 100]

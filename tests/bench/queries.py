@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator
 from functools import partial
 
-from tests.bench.client import BenchError, Source, Walk, fetch, wrk
+from tests.bench.client import BenchError, Source, fetch, wrk
 from tests.bench.measure import Row
 from tests.bench.site import GZIP, Session, Site
 
@@ -15,7 +15,7 @@ def rows(site: Site) -> Iterator[Row]:
     metadata = _Metadata(site)
     yield Row(
         name="metadata",
-        title=f"metadata of a series of {site.slices} instances, one request after the other",
+        title=f"metadata of a series of {site.slices} instances, 8 connections",
         unit="requests/s",
         target=300.0,
         prepare=metadata.prepare,
@@ -73,12 +73,20 @@ class _Metadata:
 
     def direct(self) -> float:
         source, _, _ = self._sources()
-        return Walk(source.address, [source.request(DIRECT_ROOT + self._path)] * 2, 1).per_second()
+        return self._rate(source, DIRECT_ROOT + self._path)
 
     def ours(self) -> float:
         _, source, root = self._sources()
-        request = source.request(root + self._path)
-        return Walk(source.address, [request] * 100, 1, warm_up=request).per_second()
+        return self._rate(source, root + self._path)
+
+    def _rate(self, source: Source, path: str) -> float:
+        return wrk(
+            source.address,
+            [source.request(path)],
+            connections=8,
+            seconds=2 if self._site.quick else 5,
+            folder=self._site.folder,
+        ).rate
 
 
 class Searches:

@@ -398,7 +398,7 @@ class LightboxServers:
     def forget_frames(self) -> None:
         """Start the edge anew, without the frames that it kept."""
         self.edge.stop()
-        shutil.rmtree(self.edge.state_dir / "cache", ignore_errors=True)
+        shutil.rmtree(self.edge.state_dir / "kept", ignore_errors=True)
         restart(self.edge)
 
     def forget(self) -> None:

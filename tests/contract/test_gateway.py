@@ -492,6 +492,9 @@ async def test_what_is_deleted_in_orthanc_itself_is_gone(
     (row,) = (await ask(lightbox, paths[0], world.my_image)).json()
     assert row["00080018"]["Value"] == [world.my_image["sop_instance_uid"]]
     assert (await ask(lightbox, INSTANCE + "/metadata", added)).status_code == 404
+    for path in (STUDY, SERIES):
+        sent = files_of(await ask(lightbox, path, world.my_image))
+        assert sent == [world.my_image["orthanc_instance_id"]]
 
 
 async def test_a_study_that_came_again_is_another_one(lightbox: Lightbox, world: World) -> None:
@@ -524,8 +527,12 @@ async def test_nothing_is_shown_while_orthanc_is_away(
 ) -> None:
     """Not even what is kept: nobody can say whether it is still what is there."""
     assert (await ask(lightbox, path, world.my_image)).status_code == 200
-    faults = [httpx.ConnectError("refused at 10.0.0.1"), httpx.Response(500, text="10.0.0.1")]
-    faults += [httpx.Response(200, json={"DiskSize": 7}), httpx.Response(200, content=b"{")]
+    faults: list[httpx.Response | Exception] = [
+        httpx.ConnectError("refused at 10.0.0.1"),
+        httpx.Response(500, text="10.0.0.1"),
+        httpx.Response(200, json={"DiskSize": 7}),
+        httpx.Response(200, content=b"{"),
+    ]
     for fault in faults:
         for at in ("/statistics", "/tools/lookup"):
             fake_orthanc.faults_at = {at: fault}

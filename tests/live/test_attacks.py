@@ -519,6 +519,7 @@ def filled(scene: Scene, text: str) -> str:
         .replace("{m}", mine.uid)
         .replace("{s}", theirs.series.removeprefix(theirs.path))
         .replace("{f}", theirs.frame.removeprefix(theirs.path))
+        .replace("{i}", theirs.instance.removeprefix(theirs.path))
         .replace("{ms}", mine.series.removeprefix(mine.path))
         .replace("{mf}", mine.frame.removeprefix(mine.path))
         .replace("{mrn}", theirs.mrn)
@@ -536,6 +537,7 @@ PLAIN = [
     for path in (
         *("", "/metadata", "/series", "/instances", "/thumbnail", "{s}", "{s}/metadata"),
         *("{s}/instances", "{s}/thumbnail", "{f}", "{f}/rendered", "{f}/thumbnail", "{f},1,1"),
+        *("{s}/rendered", "{i}", "{i}/rendered", "{i}/frames", "{i}/bulk/00104000"),
         *("{s}/instances/1.2.3", "{f}?x=1", "/metadata?includefield=all", "/rendered"),
     )
 ]
@@ -1343,6 +1345,9 @@ def everything(study: Study) -> list[tuple[str, str]]:
         (study.frame, parts),
         (f"{study.frame}/rendered", "Accept: image/png"),
         (f"{study.instance}/rendered", "Accept: image/jpeg"),
+        (f"{study.series}/rendered", "Accept: */*"),
+        (f"{study.path}/rendered", "Accept: */*"),
+        (f"{study.instance}/frames", "Accept: */*"),
         (f"{study.instance}/thumbnail", "Accept: */*"),
         (f"{study.path}/thumbnail", "Accept: */*"),
         (f"{study.instance}/bulk/00104000", "Accept: */*"),

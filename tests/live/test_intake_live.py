@@ -319,14 +319,15 @@ async def test_an_instance_planted_under_a_known_study_is_shown_to_nobody(
     assert "Vera" not in metadata.text
     assert planted_sop not in metadata.text
     assert planted_series not in (await opened.get(f"{base}/series")).text
-    for path in (
-        f"{base}/series/{planted_series}/metadata",
-        f"{base}/series/{series}/instances/{planted_sop}/frames/1",
-        f"{base}/series/{series}/instances/{planted_sop}/rendered",
-        f"{base}/series/{planted_series}/instances/{planted_sop}/frames/1",
+    for path, status in (
+        (f"{base}/series/{planted_series}/metadata", 409),  # as all of the study's
+        (f"{base}/series/{series}/instances/{planted_sop}/frames/1", 404),
+        (f"{base}/series/{series}/instances/{planted_sop}/rendered", 404),
+        (f"{base}/series/{planted_series}/instances/{planted_sop}/frames/1", 404),
     ):
         answer = await opened.get(path)
-        assert answer.status_code == 404, path
+        assert answer.status_code == status, path
+        assert victim not in answer.text
         assert "x-accel-redirect" not in answer.headers
     ours = await opened.get(
         f"{base}/series/{series}/instances/{uploaded['sop_instance_uid']}/frames/1"
