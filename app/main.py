@@ -76,6 +76,7 @@ def create_app(settings: Settings) -> FastAPI:
                     yield
                 finally:
                     upkeep.cancel()
+                    await app.state.metadata.close()
                     with suppress(asyncio.CancelledError):
                         await upkeep
                     try:

@@ -9,8 +9,8 @@ with them, whether the archive still holds the study under this one patient alon
 import asyncio
 import hashlib
 import time
+from typing import Protocol
 
-from app.access import StudyAccess
 from app.models import Instance
 from app.orthanc import Orthanc
 
@@ -21,6 +21,21 @@ FRESH_SECONDS = 1.0
 _MOST_REMEMBERED = 10_000
 
 
+class Known(Protocol):
+    """What a stamp is made of: a `StudyAccess`, or a study that is made ready for one."""
+
+    @property
+    def study_instance_uid(self) -> str: ...
+    @property
+    def orthanc_id(self) -> str: ...
+    @property
+    def dicom_patient_id(self) -> str: ...
+    @property
+    def generation(self) -> str: ...
+    @property
+    def instance_count(self) -> int: ...
+
+
 class Freshness:
     """Stamps of studies. One per app."""
 
@@ -29,7 +44,7 @@ class Freshness:
         self._states: dict[str, tuple[float, State]] = {}
         self._asking: dict[str, asyncio.Task[State]] = {}
 
-    async def stamp(self, access: StudyAccess) -> str:
+    async def stamp(self, access: Known) -> str:
         """16 hexadecimal digits: another file, another stamp.
 
         Raises NotFound for a study that has gone from the archive, Conflict for one that it holds
@@ -40,7 +55,7 @@ class Freshness:
         whole = f"{access.generation} {access.instance_count} {count} {size}"
         return hashlib.sha256(whole.encode()).hexdigest()[:16]
 
-    async def held(self, access: StudyAccess, instances: list[Instance]) -> list[Instance]:
+    async def held(self, access: Known, instances: list[Instance]) -> list[Instance]:
         """Those of the study's instances that the archive has not lost. Raises as `stamp` does."""
         count, _ = await self._state(access.study_instance_uid, access.orthanc_id)
         if count == access.instance_count:

@@ -8,8 +8,9 @@ BulkDataURIs are kept with a root that stands for whichever the caller's is.
 import asyncio
 import gzip
 import json
+import logging
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 from urllib.parse import urlsplit
@@ -21,13 +22,16 @@ from sqlmodel import col, select
 from app.access import StudyAccess
 from app.db import Database, insert_if_absent
 from app.dicomweb.files import bulk_tags
-from app.dicomweb.freshness import Freshness
-from app.errors import NotFound, OrthancUnavailable
+from app.dicomweb.freshness import Freshness, Known
+from app.errors import LightboxError, NotFound, OrthancUnavailable
+from app.linking import StudySummary
 from app.models import Instance, Series, SeriesMetadata
 from app.orthanc import Orthanc
 from app.settings import MEBIBYTE
 
 DicomJson = dict[str, Any]
+
+logger = logging.getLogger(__name__)
 
 # In JSON a quote inside of a text is escaped: nothing that a file says looks like this.
 _KEPT_ROOT = b'"BulkDataURI":"lightbox:/'
@@ -47,6 +51,15 @@ class Packed:
         return gzip.decompress(self.body)
 
 
+@dataclass(frozen=True)
+class _Opened:
+    study_instance_uid: str
+    orthanc_id: str
+    dicom_patient_id: str
+    generation: str
+    instance_count: int
+
+
 class Metadata:
     """What is kept, in the database for all processes and in memory for this one."""
 
@@ -57,8 +70,10 @@ class Metadata:
         self._memory: OrderedDict[tuple[str, str], Packed] = OrderedDict()
         self._held_bytes = 0
         self._making: dict[str, asyncio.Task[Packed]] = {}
+        self._ahead: set[asyncio.Task[None]] = set()
+        self._one_ahead = asyncio.Lock()
 
-    async def series(self, access: StudyAccess, series_uid: str, root: str) -> Packed:
+    async def series(self, access: Known, series_uid: str, root: str) -> Packed:
         """The metadata of a series of the access's study, its BulkDataURIs below `root`.
 
         Only instances that came in through our checks are in it, and only if Orthanc says of each
@@ -81,6 +96,37 @@ class Metadata:
         packed = Packed(stamp, await anyio.to_thread.run_sync(_rooted, kept.body, root))
         self._remember(key, packed)
         return packed
+
+    def make_ready(self, opened: Sequence[StudySummary], root: str) -> None:
+        """Begin with what a viewer that was just launched will ask for; nobody waits for it."""
+        for summary in opened:
+            study = _Opened(
+                study_instance_uid=summary.study.study_instance_uid,
+                orthanc_id=summary.study.orthanc_id,
+                dicom_patient_id=summary.study.dicom_patient_id,
+                generation=summary.study.generation,
+                instance_count=summary.instance_count,
+            )
+            for each in summary.series:
+                task = asyncio.create_task(
+                    self._ready(study, each.series.series_instance_uid, root)
+                )
+                self._ahead.add(task)
+                task.add_done_callback(self._ahead.discard)
+
+    async def _ready(self, study: "_Opened", series_uid: str, root: str) -> None:
+        # One after the other: whoever is waiting for the archive goes first.
+        async with self._one_ahead:
+            try:
+                await self.series(study, series_uid, root)
+            except (LightboxError, sa.exc.SQLAlchemyError) as error:
+                logger.info("metadata was not made ready: %s", type(error).__name__)
+
+    async def close(self) -> None:
+        """Give up what nobody waits for."""
+        for task in self._ahead:
+            task.cancel()
+        await asyncio.gather(*self._ahead, return_exceptions=True)
 
     async def study(self, access: StudyAccess, root: str) -> Packed:
         """The metadata of all series of the access's study. Raises as `series` does."""
@@ -111,7 +157,7 @@ class Metadata:
             _, oldest = self._memory.popitem(last=False)
             self._held_bytes -= len(oldest.body)
 
-    async def _kept(self, access: StudyAccess, series_uid: str, stamp: str) -> Packed:
+    async def _kept(self, access: Known, series_uid: str, stamp: str) -> Packed:
         async with self._database.session() as session:
             kept = await session.get(SeriesMetadata, series_uid)
             known = set(
@@ -136,7 +182,7 @@ class Metadata:
         await self._keep(access, series_uid, stamp, body)
         return Packed(stamp, body)
 
-    async def _keep(self, access: StudyAccess, series_uid: str, stamp: str, body: bytes) -> None:
+    async def _keep(self, access: Known, series_uid: str, stamp: str, body: bytes) -> None:
         async with self._database.session() as session:
             await session.exec(
                 sa.delete(SeriesMetadata).where(

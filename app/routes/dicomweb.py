@@ -383,11 +383,16 @@ def _accept(request: Request) -> str:
     return ", ".join(request.headers.getlist("accept"))
 
 
+def dicom_web_root(ctx: str) -> str:
+    """The root of a session's DICOMweb, on the viewer origin."""
+    return f"/s/{ctx}/dicom-web"
+
+
 def _root(request: Request) -> str:
     """What the addresses in an answer begin with."""
     ctx = request.path_params.get("ctx")
     if ctx is not None:
-        return f"/s/{ctx}/dicom-web"
+        return dicom_web_root(ctx)
     settings: Settings = request.app.state.settings
     return f"{settings.api_base_url}/dicom-web"
 

@@ -13,9 +13,11 @@ from app.access import Grant, PatientAccess, Public, Subject
 from app.access.guards import origin_of
 from app.audit import Action
 from app.dicom import parse_uid
+from app.dicomweb import Metadata
 from app.errors import Conflict, LightboxError, Unprocessable
 from app.linking import StudySummary
 from app.models import OrderStatus
+from app.routes.dicomweb import dicom_web_root
 from app.routes.studies import StudyUid
 from app.routing import AccessRouter
 from app.settings import Settings
@@ -162,6 +164,8 @@ async def _link(
 ) -> ViewerLink:
     viewer: Viewer = request.app.state.viewer
     launch = await viewer.launch(access, opened, known, layout=layout)
+    metadata: Metadata = request.app.state.metadata
+    metadata.make_ready(opened, dicom_web_root(launch.ctx))
     return ViewerLink(
         url=launch.url,
         study_count=len(launch.study_instance_uids),

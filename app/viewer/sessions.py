@@ -51,6 +51,7 @@ COMPARE_LAYOUT = "@ohif/hpCompare"  # OHIF's hanging protocol for two studies si
 class Launch:
     """A new launch: the link to open, once, until `expires_at`."""
 
+    ctx: str
     url: str
     study_instance_uids: list[str]
     expires_at: datetime
@@ -132,6 +133,7 @@ class Viewer:
         await access.done(ctx=session.ctx, detail={"opens": uids, "study_count": len(allowed)})
         query = urlencode({"StudyInstanceUIDs": session.opens, "launch": code}, safe=",")
         return Launch(
+            ctx=session.ctx,
             url=f"{self._settings.viewer_base_url}/viewer?{query}",
             study_instance_uids=uids,
             expires_at=session.code_expires_at,

@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from time import perf_counter
 
@@ -34,7 +35,9 @@ def rows(site: Site) -> Iterator[Figure]:
 
 def decision_row(site: Site, percentile: int) -> float:
     """Milliseconds within which that many percent of the decisions are made."""
-    return asyncio.run(_decide(site, percentile))
+    # A thread of its own: the browser's driver has a running event loop in this one.
+    with ThreadPoolExecutor(1) as thread:
+        return thread.submit(asyncio.run, _decide(site, percentile)).result()
 
 
 async def _decide(site: Site, percentile: int) -> float:

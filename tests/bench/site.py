@@ -209,7 +209,23 @@ class Site:
     @cached_property
     def plain(self) -> "PlainNginx":
         """The customary set-up: OHIF's files and a proxy to Orthanc."""
-        server = PlainNginx(self.folder / "plain", orthanc=self.orthanc, ohif_dir=self.ohif)
+        server = PlainNginx(
+            self.folder / "plain",
+            orthanc_url=self.orthanc.url,
+            authorization=self.orthanc.authorization,
+            ohif_dir=self.ohif,
+        )
+        return self._stack.enter_context(server)
+
+    @cached_property
+    def plain_defaults(self) -> "PlainNginx":
+        """The same before an Orthanc as it comes, which asks for no credential of local callers."""
+        server = PlainNginx(
+            self.folder / "plain-defaults",
+            orthanc_url=self.default_orthanc.url,
+            authorization="",
+            ohif_dir=self.ohif,
+        )
         return self._stack.enter_context(server)
 
     @cached_property
@@ -546,10 +562,13 @@ class PlainNginx(Server):
 
     name = "Plain nginx"
 
-    def __init__(self, state_dir: Path, *, orthanc: OrthancServer, ohif_dir: Path) -> None:
+    def __init__(
+        self, state_dir: Path, *, orthanc_url: str, authorization: str, ohif_dir: Path
+    ) -> None:
         super().__init__(state_dir)
         self.port = quiet_port()
-        self.orthanc = orthanc
+        self.orthanc_url = orthanc_url
+        self.authorization = authorization
         self.ohif_dir = ohif_dir
 
     @property
@@ -566,8 +585,8 @@ class PlainNginx(Server):
             _PLAIN_NGINX.format(
                 state=self.state_dir,
                 listen=f"{LOOPBACK}:{self.port}",
-                orthanc=urlsplit(self.orthanc.url).netloc,
-                authorization=self.orthanc.authorization,
+                orthanc=urlsplit(self.orthanc_url).netloc,
+                authorization=self.authorization,
                 ohif=self.ohif_dir,
             )
         )
