@@ -1,6 +1,5 @@
 """One error shape: RFC 9457 problem+json, whatever went wrong; and the id of every request."""
 
-import json
 import logging
 import re
 from collections.abc import Mapping
@@ -23,6 +22,7 @@ from app.errors import (
     Unavailable,
     Unprocessable,
 )
+from app.inert import inert_json
 
 logger = logging.getLogger(__name__)
 
@@ -59,15 +59,15 @@ def problem(
         **(extra or {}),
     }
     return ProblemResponse(
-        json.dumps(body),
+        inert_json(body),
         status,
         {"Cache-Control": "no-store", **(headers or {})},
     )
 
 
-def method_not_allowed(request: Request) -> Response:
-    """405, as for any other address."""
-    return problem(request, 405, _TITLES[405], _DETAILS[405], headers={"Allow": "GET, HEAD"})
+def method_not_allowed(request: Request, allowed: str) -> Response:
+    """405, as for any other address; `allowed` are the methods that it does take."""
+    return problem(request, 405, _TITLES[405], _DETAILS[405], headers={"Allow": allowed})
 
 
 def of_error(request: Request, error: LightboxError) -> ProblemResponse:

@@ -20,7 +20,15 @@ from app.access.policy import Decision, Reason, clauses, decide
 from app.audit import Action, AuditTrail, Entry, Origin, Outcome
 from app.db import Database, utcnow
 from app.dicom import parse_uid
-from app.errors import Forbidden, LightboxError, NotFound, Unprocessable
+from app.errors import (
+    Forbidden,
+    LightboxError,
+    NotDicom,
+    NotFound,
+    TooLarge,
+    Unprocessable,
+    UnsupportedMediaType,
+)
 from app.identity import Principal, TokenVerifier
 from app.models import Order, Patient, Study
 
@@ -183,8 +191,13 @@ class Gate:
         return Denial(decision.reason)
 
     @asynccontextmanager
-    async def transaction(self, grants: list[Entry]) -> AsyncIterator[AsyncSession]:
-        """The business transaction of one request, and the record of its failure."""
+    async def transaction(
+        self, grants: list[Entry], unread: Entry | None = None
+    ) -> AsyncIterator[AsyncSession]:
+        """The business transaction of one request, and the record of its failure.
+
+        `unread` is recorded where a file was refused before it could be said whose it is.
+        """
         async with self.database.session() as session:
             try:
                 yield session
@@ -193,9 +206,12 @@ class Gate:
                 await session.rollback()
                 reason = _failure(error)
                 detail = {"problem": error.detail} if isinstance(error, LightboxError) else {}
+                asked = grants
+                if not grants and unread is not None and isinstance(error, _UNREADABLE):
+                    asked = [unread]
                 failed = [
                     replace(entry, outcome=Outcome.FAILED, reason=reason, detail=detail)
-                    for entry in grants
+                    for entry in asked
                 ]
                 if failed:
                     await self.trail.record(*failed)
@@ -237,7 +253,8 @@ class RoleAccess:
     async def apart(self) -> AsyncIterator["RoleAccess"]:
         """The same caller in a transaction of its own: one of many files, say."""
         grants: list[Entry] = []
-        async with self.gate.transaction(grants) as session:
+        unread = entry_of(self.principal, self.action, self.origin)
+        async with self.gate.transaction(grants, unread) as session:
             yield replace(self, session=session, grants=grants)
 
     async def done(self, **more: Any) -> None:
@@ -266,6 +283,7 @@ class VisiblePatients:
             await self.gate.trail.record(*records)
 
 
+_UNREADABLE = (TooLarge, NotDicom, Unprocessable, UnsupportedMediaType)
 _UNKNOWN: Mapping[Subject, str] = {
     Subject.ORDER: "No order has this id.",
     Subject.PATIENT: "No patient has this id.",

@@ -179,7 +179,7 @@ class Caller(Guard):
         entry = entry_of(principal, self.action, origin)
         await gate.role_check(principal, entry, record_grant=not self.patient_in_body)
         grants: list[Entry] = [] if self.patient_in_body else [entry]
-        async with gate.transaction(grants) as session:
+        async with gate.transaction(grants, unread=entry) as session:
             refuse_ignored_parameters(request)
             yield RoleAccess(session, principal, self.action, origin, gate, grants)
 

@@ -24,6 +24,7 @@ from app.db import Database, insert_if_absent
 from app.dicomweb.files import bulk_tags
 from app.dicomweb.freshness import Freshness, Known
 from app.errors import LightboxError, NotFound, OrthancUnavailable
+from app.inert import inert_json
 from app.linking import StudySummary
 from app.models import Instance, Series, SeriesMetadata
 from app.orthanc import Orthanc
@@ -122,6 +123,10 @@ class Metadata:
             except (LightboxError, sa.exc.SQLAlchemyError) as error:
                 logger.info("metadata was not made ready: %s", type(error).__name__)
 
+    async def settled(self) -> None:
+        """Return when nothing is being made ready any more."""
+        await asyncio.gather(*self._ahead)
+
     async def close(self) -> None:
         """Give up what nobody waits for."""
         for task in self._ahead:
@@ -183,7 +188,7 @@ class Metadata:
         return Packed(stamp, body)
 
     async def _keep(self, access: Known, series_uid: str, stamp: str, body: bytes) -> None:
-        async with self._database.session() as session:
+        async with self._database.writing(), self._database.session() as session:
             await session.exec(
                 sa.delete(SeriesMetadata).where(
                     col(SeriesMetadata.series_instance_uid) == series_uid
@@ -223,9 +228,7 @@ def checked(answer: bytes, expected: Mapping[str, str], known: set[str]) -> byte
     for row in kept:
         base = f"lightbox:/studies/{expected['0020000D']}/series/{expected['0020000E']}"
         _rewrite_urls(row, f"{base}/instances/{_value(row, '00080018')}")
-    return gzip.compress(
-        json.dumps(kept, separators=(",", ":"), ensure_ascii=False).encode(), _LEVEL
-    )
+    return gzip.compress(inert_json(kept), _LEVEL)
 
 
 def _rooted(body: bytes, root: str) -> bytes:
@@ -244,9 +247,7 @@ def _only(packed: Packed, sop_uid: str) -> bytes:
     rows = [row for row in json.loads(packed.plain()) if _value(row, "00080018") == sop_uid]
     if not rows:
         raise NotFound("The study has no such instance.")
-    return gzip.compress(
-        json.dumps(rows, separators=(",", ":"), ensure_ascii=False).encode(), _LEVEL
-    )
+    return gzip.compress(inert_json(rows), _LEVEL)
 
 
 def _value(row: DicomJson, tag: str) -> str:

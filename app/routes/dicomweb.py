@@ -8,11 +8,12 @@ starts, and in the root of the addresses they give. Storing is in `app.routes.st
 """
 
 import hashlib
+import re
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from importlib.resources import files as resources
-from typing import Annotated
+from typing import Annotated, Any
 
 from fastapi import Depends, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
@@ -36,6 +37,7 @@ from app.dicomweb.media import DICOM_JSON, Choice
 from app.dicomweb.metadata import Packed
 from app.dicomweb.search import Found, Search, Searches, parse_search
 from app.errors import NotAcceptable, NotFound
+from app.inert import inert_json
 from app.models import Instance
 from app.orthanc import Orthanc
 from app.problems import method_not_allowed
@@ -80,6 +82,9 @@ SearchAll = Annotated[
 
 class DicomJsonResponse(JSONResponse):
     media_type = DICOM_JSON
+
+    def render(self, content: Any) -> bytes:
+        return inert_json(content)
 
 
 # --------------------------------------------------------------------------------- QIDO-RS
@@ -160,11 +165,11 @@ async def _packed(request: Request, make: Callable[[str], Awaitable[Packed]]) ->
     media.for_json(_accept(request))
     _refuse_parameters(request)
     packed = await make(_root(request))
-    headers = {"ETag": f'W/"{packed.stamp}"', "Vary": "Accept-Encoding"}
+    headers = {"ETag": f'W/"{packed.stamp}"'}
     if _is_known(request, packed.stamp):
         return Response(status_code=304, headers=headers)
     if "gzip" in request.headers.get("accept-encoding", ""):
-        headers["Content-Encoding"] = "gzip"
+        headers |= {"Content-Encoding": "gzip", "Vary": "Accept-Encoding"}
         return Response(packed.body, headers=headers, media_type=DICOM_JSON)
     return Response(packed.plain(), headers=headers, media_type=DICOM_JSON)
 
@@ -182,11 +187,15 @@ async def retrieve_files(access: StudyAccess, request: Request) -> Response:
         _accept(request), (each.transfer_syntax_uid for each in instances), one=False
     )
     stamp = await _freshness(request).stamp(access)
+    linked = len(instances)
     instances = await _freshness(request).held(access, instances)
     if not instances:
         raise NotFound("The image archive does not hold these images any more.")
     tag = hashlib.sha256(f"{stamp} {request.url.path}".encode()).hexdigest()[:32]
     headers = {"ETag": f'W/"{tag}"'}
+    if len(instances) < linked:
+        lost = f"The image archive has lost {linked - len(instances)} of the {linked} files."
+        headers["Warning"] = f'299 lightbox "{lost}"'
     if _is_known(request, tag):
         return Response(status_code=304, headers=headers)
     boundary = files.new_boundary()
@@ -225,9 +234,11 @@ async def frames(access: StudyAccess, request: Request) -> Response:
     if len(numbers) == 1 and not choice.transcode:
         return _send(request, files.frame(instance, numbers[0], choice, stamp), stamp)
     if len(numbers) == 1 and not choice.multipart:
-        uids = _uids(request)
-        plain = await _orthanc(request).plain_frame(*uids, numbers[0])
-        return Response(plain, media_type=choice.part_type, headers={"ETag": f'"{stamp}"'})
+        tag = hashlib.sha256(f"{stamp} {request.url.path} {choice}".encode()).hexdigest()[:32]
+        if _is_known(request, tag):
+            return Response(status_code=304, headers={"ETag": f'"{tag}"'})
+        plain = await _orthanc(request).plain_frame(*_uids(request), numbers[0])
+        return Response(plain, media_type=choice.part_type, headers={"ETag": f'"{tag}"'})
     opening = [_frame(request, instance, number, choice) for number in numbers]
     parts = [Part(choice.part_type, each) for each in opening]
     return await _parts(request, Choice(choice.media_type, True), parts, stamp)
@@ -326,11 +337,15 @@ async def bulk_data(access: StudyAccess, request: Request) -> Response:
     return _send(request, files.sent(choice, path), stamp)
 
 
+_STORES = re.compile(r"/dicom-web/studies(/[0-9.]{1,64})?")
+
+
 async def nothing(_: None, request: Request) -> Response:
     """What is not enumerated is not there, or does not take the method."""
     if request.method in ("GET", "HEAD"):
         raise NotFound("There is nothing at this address.")
-    return method_not_allowed(request)
+    stores = _STORES.fullmatch(request.url.path)
+    return method_not_allowed(request, "GET, HEAD, POST" if stores else "GET, HEAD")
 
 
 # ----------------------------------------------------------------------------------- answers

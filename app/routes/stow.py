@@ -24,7 +24,7 @@ from typing import Annotated, Any, BinaryIO
 
 import anyio.to_thread
 from fastapi import Depends, Request
-from fastapi.responses import JSONResponse, Response
+from fastapi.responses import Response
 from python_multipart.multipart import parse_options_header
 
 from app.access import Caller, RoleAccess
@@ -43,6 +43,7 @@ from app.errors import (
     Unprocessable,
     UnsupportedMediaType,
 )
+from app.inert import inert_json
 from app.intake import Intake, Receipt, Target
 from app.routes.forms import bounded_body
 from app.routes.related import Part, boundary_of, related_parts, single_part
@@ -229,7 +230,7 @@ class _Answer:
         errors = [each.error for each in self.failed]
         if not self.stored and all(isinstance(each, Unavailable) for each in errors):
             raise errors[0]
-        return JSONResponse(self.content(), self.status(), media_type=DICOM_JSON)
+        return Response(inert_json(self.content()), self.status(), media_type=DICOM_JSON)
 
     def status(self) -> int:
         if self.stored:

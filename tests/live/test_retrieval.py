@@ -2,6 +2,7 @@
 
 import http.client
 import time
+import warnings
 from collections.abc import Iterator
 from contextlib import suppress
 from io import BytesIO
@@ -16,7 +17,6 @@ from tests.images import ct_image
 from tests.live.conftest import Edged, Full, Person, make_person
 
 DICOM = 'multipart/related; type="application/dicom"; transfer-syntax=*'
-DIRECTIVE = '<!--# include virtual="/_orthanc/instances/{}/file" -->'
 
 
 async def send(
@@ -96,49 +96,82 @@ async def test_a_file_that_has_gone_cuts_the_answer(through_edge: Edged, full: F
         assert time.monotonic() < deadline, "the study counts as unchanged for too long"
 
 
-async def test_no_directive_of_a_file_is_carried_out(through_edge: Edged, full: Full) -> None:
-    """The envelope has places that the edge fills in; what a file says is never read for them."""
+@pytest.mark.parametrize("quote", ["'", '"'])
+async def test_no_directive_of_a_file_is_carried_out(
+    through_edge: Edged, full: Full, quote: str
+) -> None:
+    """The envelope has places that the edge fills in; what a file says is never read for them.
+
+    Short directives, too, which fit where the value of an attribute is cut or checked, and one
+    that is put together of two attributes.
+    """
     victim = await make_person(through_edge, requested_by="other")
     _, theirs = await send(through_edge, victim, count=1, PatientName="Victim^Vera")
-    planted = DIRECTIVE.format(theirs["orthanc_instance_id"])
+    place = f"/_orthanc-whole/instances/{theirs['orthanc_instance_id']}/file"
+    planted = f"<!--# include virtual={quote}{place}{quote} -->"
+    echo = f"<!--# echo var={quote}request_method{quote} -->"
     person = await make_person(through_edge)
-    pixels = (planted * 20).encode().ljust(16 * 16 * 2, b" ")[: 16 * 16 * 2]
-    files, mine = await send(
-        through_edge,
-        person,
-        count=2,
-        PixelData=pixels,
-        StudyDescription=planted[:64],
-        SeriesDescription=planted[:64],
-        ImageComments=planted,
-    )
-    study = f"/dicom-web/studies/{mine['study_instance_uid']}"
+    pixels = ((planted + echo) * 20).encode().ljust(16 * 16 * 2, b" ")[: 16 * 16 * 2]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # pydicom: longer than LO may be
+        files, mine = await send(
+            through_edge,
+            person,
+            count=2,
+            PixelData=pixels,
+            StudyDescription=f"a{planted}b",
+            InstitutionName=f"<!--# set var={quote}a{quote} value={quote}{place}{quote} -->",
+            SeriesDescription=f"<!--# include virtual={quote}$a{quote} -->",
+            StudyID=echo[:64],
+            ProtocolName=f"c{echo}d",
+        )
+    uid = mine["study_instance_uid"]
+    study = f"/dicom-web/studies/{uid}"
     instance = f"{study}/series/{mine['series_instance_uid']}/instances/{mine['sop_instance_uid']}"
-    for path in (
+    opened = await through_edge.open(f"/order/{person.order['id']}")
+    asked = [
+        "/dicom-web/studies",
+        f"/dicom-web/studies?StudyInstanceUID={uid}",
+        "/dicom-web/studies/",
         study,
         f"{study}?{planted}",
+        f"{study}/series/{mine['series_instance_uid']}",
+        f"{study}/series",
+        f"{study}/instances",
+        f"{study}/metadata",
         instance,
+        f"{instance}/metadata",
         f"{instance}/frames/1",
         f"{instance}/frames/1,1",
-        f"{study}/metadata",
-        f"{study}/series",
-        "/dicom-web/studies",
-    ):
-        answer = await through_edge.ask("clinician", "GET", path)
-        assert b"Victim" not in answer.content, path
+        f"/api/v1/dicom/studies/{uid}",
+    ]
+    for path in asked:
+        answers = [await through_edge.ask("clinician", "GET", path)]
+        if path.startswith("/dicom-web"):
+            answers.append(await opened.get(path.removeprefix("/dicom-web")))
+        for answer in answers:
+            assert b"Victim" not in answer.content, path
+            assert b"aGET" not in answer.content, path
+            assert b"cGETd" not in answer.content, path
+            assert b"an error occurred" not in answer.content, path  # of a directive
     answer = await through_edge.ask("clinician", "GET", study)
     assert list(parts(answer)) == files
+    (row,) = (await through_edge.ask("clinician", "GET", f"{study}/series")).json()
+    assert row["00181030"]["Value"] == [f"c{echo}d"]
     # An answer of STOW-RS tells the sender what stood in the file, at the same address.
-    other = ct_image(patient_id=planted[:64], ImageComments=planted)
-    stored = await through_edge.ask(
-        "technologist",
-        "POST",
-        study,
-        content=other,
-        headers={"Content-Type": "application/dicom", "X-Request-ID": "a"},
-    )
-    assert stored.status_code >= 400
-    assert b"Victim" not in stored.content
+    for address in (study, "/dicom-web/studies"):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            other = ct_image(patient_id=planted[:64], StudyDescription=planted, PatientSex=echo)
+        stored = await through_edge.ask(
+            "technologist",
+            "POST",
+            address,
+            content=other,
+            headers={"Content-Type": "application/dicom"},
+        )
+        assert stored.status_code >= 400
+        assert b"Victim" not in stored.content
 
 
 async def test_a_study_of_many_files(through_edge: Edged, full: Full) -> None:
