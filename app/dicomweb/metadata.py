@@ -37,6 +37,7 @@ logger = logging.getLogger(__name__)
 # In JSON a quote inside of a text is escaped: nothing that a file says looks like this.
 _KEPT_ROOT = b'"BulkDataURI":"lightbox:/'
 _MOST_BYTES = 64 * MEBIBYTE
+_CLOSING_SECONDS = 5.0
 _LEVEL = 1  # of gzip: a first view waits for it
 
 
@@ -73,6 +74,7 @@ class Metadata:
         self._making: dict[str, asyncio.Task[Packed]] = {}
         self._ahead: set[asyncio.Task[None]] = set()
         self._one_ahead = asyncio.Lock()
+        self._closing = False
 
     async def series(self, access: Known, series_uid: str, root: str) -> Packed:
         """The metadata of a series of the access's study, its BulkDataURIs below `root`.
@@ -118,6 +120,8 @@ class Metadata:
     async def _ready(self, study: "_Opened", series_uid: str, root: str) -> None:
         # One after the other: whoever is waiting for the archive goes first.
         async with self._one_ahead:
+            if self._closing:
+                return
             try:
                 await self.series(study, series_uid, root)
             except (LightboxError, sa.exc.SQLAlchemyError) as error:
@@ -128,10 +132,12 @@ class Metadata:
         await asyncio.gather(*self._ahead)
 
     async def close(self) -> None:
-        """Give up what nobody waits for."""
-        for task in self._ahead:
-            task.cancel()
-        await asyncio.gather(*self._ahead, return_exceptions=True)
+        """Begin nothing more, and return when what is under way has ended."""
+        self._closing = True
+        for _ in range(2):  # what is made ready, and what that has begun
+            under_way = {*self._ahead, *self._making.values()}
+            if under_way:
+                await asyncio.wait(under_way, timeout=_CLOSING_SECONDS)
 
     async def study(self, access: StudyAccess, root: str) -> Packed:
         """The metadata of all series of the access's study. Raises as `series` does."""

@@ -143,7 +143,7 @@ async def test_metadata_is_packed_where_that_is_taken(path: str, shared: Shared)
     packed = await ask(shared.lightbox, path, shared.world.my_image, accept_encoding="gzip, br")
     assert "content-encoding" not in plain.headers
     assert packed.headers["content-encoding"] == "gzip"
-    assert plain.headers["vary"] == packed.headers["vary"] == "Accept-Encoding"
+    assert packed.headers["vary"] == "Accept-Encoding"  # the edge says so of what it packs
     assert packed.json() == plain.json()
 
 

@@ -9,7 +9,7 @@ from sqlmodel.ext.asyncio.session import AsyncSession
 
 from app import linking
 from app.db import Database
-from app.dicomweb import freshness
+from app.dicomweb import Metadata, freshness
 from app.intake import records as intake_records
 from tests.fake_orthanc import FakeOrthanc
 from tests.images import ct_image
@@ -359,6 +359,8 @@ async def test_metadata_is_not_shown_while_orthanc_fails(
     lightbox: Lightbox, world: World, fake_orthanc: FakeOrthanc, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(freshness, "FRESH_SECONDS", 0.0)
+    # Nothing is kept yet when it is asked for.
+    monkeypatch.setattr(Metadata, "make_ready", lambda *_: None)
     view = await lightbox.open(f"/{world.my_study}")
     path = f"/studies/{world.my_study}/series/{world.my_image['series_instance_uid']}/metadata"
     asked = ("statistics", "lookup", "metadata")

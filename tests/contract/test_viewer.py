@@ -9,6 +9,7 @@ import pytest
 from python_multipart.multipart import parse_options_header
 
 from app.audit import Origin
+from app.dicomweb import freshness
 from tests.fake_orthanc import URL, FakeOrthanc
 from tests.images import ct_image
 from tests.lightbox import Lightbox, Opened, Shared, World, make_settings, make_world, running
@@ -516,9 +517,10 @@ async def test_metadata_shows_my_rows_only_and_no_inner_address(
 
 
 async def test_metadata_of_a_study_under_two_patients_is_shown_to_nobody(
-    lightbox: Lightbox, world: World, fake_orthanc: FakeOrthanc
+    lightbox: Lightbox, world: World, fake_orthanc: FakeOrthanc, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Somebody stored the other patient's slice under my study and series in Orthanc itself."""
+    monkeypatch.setattr(freshness, "FRESH_SECONDS", 0.0)
     series = world.my_image["series_instance_uid"]
     view = await lightbox.open(f"/{world.my_study}")
     fake_orthanc._store(
