@@ -16,6 +16,7 @@ import asyncio
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from datetime import datetime
 from typing import Any
 from uuid import UUID
 
@@ -145,9 +146,9 @@ def with_instance(study: sa.FromClause) -> sa.FromClause:
     )
 
 
-def parameters(study_uid: str, series_uid: str, sop_uid: str) -> dict[str, Any]:
+def parameters(study_uid: str, series_uid: str, sop_uid: str, now: datetime) -> dict[str, Any]:
     """The values of the statement's parameters; empty UIDs name no instance."""
-    return {UID: study_uid, SERIES_UID: series_uid, SOP_UID: sop_uid, "now": utcnow()}
+    return {UID: study_uid, SERIES_UID: series_uid, SOP_UID: sop_uid, "now": now}
 
 
 def study_access(
@@ -225,7 +226,7 @@ class StudyGate:
         if decide(principal, action).reason is Reason.ROLE:
             await self._trail.record(replace(entry, reason=Reason.ROLE.value))
             raise Denial(Reason.ROLE)
-        values = parameters(study_uid, series_uid, sop_uid)
+        values = parameters(study_uid, series_uid, sop_uid, utcnow())
         row = await self._reader.first(
             self._statement, {**values, "sub": principal.sub, "site": principal.site}
         )

@@ -219,7 +219,7 @@ class Viewer:
 
         Raises DatabaseUnavailable.
         """
-        values = parameters(study_uid, series_uid, sop_uid)
+        values = parameters(study_uid, series_uid, sop_uid, utcnow())
         row = await self._reader.first(self._glance, {**values, "ctx": ctx})
         if row is None:
             return None
