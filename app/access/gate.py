@@ -20,15 +20,7 @@ from app.access.policy import Decision, Reason, clauses, decide
 from app.audit import Action, AuditTrail, Entry, Origin, Outcome
 from app.db import Database, utcnow
 from app.dicom import parse_uid
-from app.errors import (
-    Forbidden,
-    LightboxError,
-    NotDicom,
-    NotFound,
-    TooLarge,
-    Unprocessable,
-    UnsupportedMediaType,
-)
+from app.errors import Forbidden, LightboxError, NotFound, Unavailable, Unprocessable
 from app.identity import Principal, TokenVerifier
 from app.models import Order, Patient, Study
 
@@ -207,7 +199,8 @@ class Gate:
                 reason = _failure(error)
                 detail = {"problem": error.detail} if isinstance(error, LightboxError) else {}
                 asked = grants
-                if not grants and unread is not None and isinstance(error, _UNREADABLE):
+                ours = isinstance(error, LightboxError) and not isinstance(error, _RECORDED)
+                if not grants and unread is not None and ours:
                     asked = [unread]
                 failed = [
                     replace(entry, outcome=Outcome.FAILED, reason=reason, detail=detail)
@@ -283,7 +276,7 @@ class VisiblePatients:
             await self.gate.trail.record(*records)
 
 
-_UNREADABLE = (TooLarge, NotDicom, Unprocessable, UnsupportedMediaType)
+_RECORDED = (Forbidden, NotFound, Unavailable)  # as denied; or nothing can be recorded now
 _UNKNOWN: Mapping[Subject, str] = {
     Subject.ORDER: "No order has this id.",
     Subject.PATIENT: "No patient has this id.",

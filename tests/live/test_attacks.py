@@ -495,6 +495,8 @@ def assert_on_record(scene: Scene, row: Row, answer: Answer) -> None:
     if not line["upstream_status"] or row.unrecorded:
         assert outcomes == [], "it was refused at the edge, or decides nothing"
     elif row.records:
+        if row.category == "payload":  # of thousands of parts that fare alike, one stands for all
+            outcomes = list(dict.fromkeys(outcomes))
         assert tuple(outcomes) in row.records, line
     elif row.own:
         assert outcomes in ([], ["granted"], ["granted", "done"], ["granted", "failed"])
@@ -1960,7 +1962,8 @@ def broken_fragments(scene: Scene) -> bytes:
 
 UNTAKEN = (400, 409, 413, 415, 422)
 ALONE = "Content-Type: application/dicom"
-SOMETIMES = (UNREAD, FAILED, DENIED, STORED)
+# What is no file at all (a part of another type, a ZIP that can't be opened) is nobody's upload.
+SOMETIMES = ((), UNREAD, FAILED, DENIED, STORED)
 
 
 def raw_stow(

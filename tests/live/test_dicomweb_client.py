@@ -749,7 +749,6 @@ NOT_DECODED = (
 NOT_OFFERED: Mapping[str, str] = {
     "search_for_series of all studies": "a search of series names its study",
     "search_for_instances of all studies": "a search of instances names its study",
-    "retrieve_series_rendered": "a series is not rendered; it has a thumbnail",
 }
 
 # What a client raises where a server answers wrongly or not at all, and what we then find.

@@ -11,6 +11,7 @@ import pydicom
 import pytest
 from pydicom.uid import generate_uid
 
+from app.dicomweb import freshness
 from app.intake.identity import FORMER_IDENTITY
 from tests.images import ct_image
 from tests.lightbox import Lightbox
@@ -278,9 +279,10 @@ async def test_as_deep_as_allowed_is_stored_and_shown(live: Lightbox, archive: A
 
 
 async def test_an_instance_planted_under_a_known_study_is_shown_to_nobody(
-    live: Lightbox, archive: Archive
+    live: Lightbox, archive: Archive, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A modality stores another patient under our StudyInstanceUID, past every check of ours."""
+    monkeypatch.setattr(freshness, "FRESH_SECONDS", 0.0)
     person = await make_person(live)
     uploaded = (
         await live.upload(ct_image(patient_id=person.mrn), order_id=person.order["id"])
