@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Mapping
 from functools import partial
 
+from app.dicom import orthanc_id
 from tests.bench import data
 from tests.bench.client import BenchError, NotRun, Source, Walk, fetch, wrk
 from tests.bench.measure import Row
@@ -28,11 +29,24 @@ def rows(site: Site) -> Iterator[Row]:
                     unit="frames/s",
                     target=target,
                     prepare=measured.prepare,
-                    before_direct=partial(_orthanc_forgets, site),
+                    before_direct=measured.orthanc_reads,
                     direct=partial(measured.direct_once, connections),
-                    before_ours=partial(_all_forget, site),
+                    before_ours=measured.only_orthanc_remembers,
                     ours=partial(measured.ours_once, connections),
                 )
+    cold = _Frames(site, compressed=False, accept=SINGLE_PART)
+    yield Row(
+        name="frames-restarted",
+        title="frames never asked for before, uncompressed CT, single part, "
+        f"{SEEN_CONNECTIONS} connections, from an Orthanc that has just been restarted",
+        unit="frames/s",
+        target=3.0,
+        prepare=cold.prepare,
+        before_direct=partial(restart, site.orthanc),
+        direct=partial(cold.direct_once, SEEN_CONNECTIONS),
+        before_ours=partial(_all_forget, site),
+        ours=partial(cold.ours_once, SEEN_CONNECTIONS),
+    )
     for part, accept in (("single", SINGLE_PART), ("multipart", MULTIPART)):
         seen = _Frames(site, compressed=False, accept=accept)
         yield Row(
@@ -59,11 +73,6 @@ def rows(site: Site) -> Iterator[Row]:
             before_ours=partial(_all_forget, site) if new else lambda: None,
             ours=partial(browser.ours_once, SEEN_CONNECTIONS) if new else browser.ours_again,
         )
-
-
-def _orthanc_forgets(site: Site) -> None:
-    """Orthanc keeps the last files that it read (128 MB) in memory."""
-    restart(site.orthanc)
 
 
 def _all_forget(site: Site) -> None:
@@ -117,6 +126,24 @@ class _Frames:
             compressed = answer.headers.get("content-encoding", "identity") != "identity"
             if not compressed and frame not in answer.body:
                 raise BenchError(f"{side} sends another frame than the one that is stored")
+
+    def orthanc_reads(self) -> None:
+        """Orthanc keeps what it read last (128 MB of files, and what it made of them) in memory.
+        Both sides find it in the same state: it has sent each frame before, by both of its ways."""
+        self.direct_once(SEEN_CONNECTIONS)
+        own = self._site.direct.with_headers(Accept="*/*")
+        requests = [own.request(f"/instances/{each}/frames/0/raw") for each in self._orthanc_ids()]
+        Walk(own.address, requests[1:], SEEN_CONNECTIONS, warm_up=requests[0]).per_second()
+
+    def _orthanc_ids(self) -> list[str]:
+        mrn = self.loaded.patient["mrn"]
+        return [
+            orthanc_id(mrn, each.study, each.series, each.instance) for each in self.loaded.images
+        ]
+
+    def only_orthanc_remembers(self) -> None:
+        self._site.lightbox.forget_frames()
+        self.orthanc_reads()
 
     def prepare_seen(self) -> None:
         self.prepare()
