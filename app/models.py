@@ -167,8 +167,12 @@ class SeriesMetadata(SQLModel, table=True):
 
     __tablename__ = "series_metadata"
 
-    series_instance_uid: str = Field(primary_key=True, max_length=64)
-    study_instance_uid: str = Field(index=True, max_length=64)
+    series_instance_uid: str = Field(
+        primary_key=True, foreign_key="series.series_instance_uid", max_length=64
+    )
+    study_instance_uid: str = Field(
+        foreign_key="study.study_instance_uid", index=True, max_length=64
+    )
     stamp: str = Field(max_length=64)
     body: bytes  # gzip
 

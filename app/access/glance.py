@@ -265,12 +265,14 @@ class StudyGate:
             *(entry.actor, entry.actor_roles, entry.origin.client_address),
             *(entry.action.value, entry.study_instance_uid, str(entry.patient_id)),
         )
-        transfer = entry.action is Action.STUDY_RETRIEVE
-        if not transfer and self._recorded.get(key, 0.0) > time.monotonic():
+        if entry.action is Action.STUDY_RETRIEVE:
+            await self._trail.record(entry)
+            return
+        if self._recorded.get(key, 0.0) > time.monotonic():
             return
         async with self._recording:
             # Of many requests at once, the first one writes, and the others wait for it.
-            if not transfer and self._recorded.get(key, 0.0) > time.monotonic():
+            if self._recorded.get(key, 0.0) > time.monotonic():
                 return
             await self._trail.record(entry)
             if len(self._recorded) >= _MOST_REMEMBERED:

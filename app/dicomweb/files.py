@@ -6,7 +6,7 @@ the answer. What has to be wrapped in parts is streamed through the app, a part 
 """
 
 import secrets
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractAsyncContextManager, aclosing
 from dataclasses import dataclass
 from typing import TypeVar
@@ -77,16 +77,18 @@ async def instances_of(
 # ----------------------------------------------------------------------------------- frames
 
 
-def frame_numbers(text: str, instance: InstanceFacts) -> list[int]:
+def frame_numbers(text: str, instance: InstanceFacts) -> Sequence[int]:
     """The frames of `1` or `1,2,3`, numbered from 1 (PS3.18 10.4.1.1.6); all, where none is
-    named. Raises NotFound."""
+    named. A video is one file, as its frame 1. Raises NotFound."""
+    is_video = instance.transfer_syntax_uid in VIDEO_TYPES
+    frames = range(1, 2 if is_video else instance.number_of_frames + 1)
     if not text:
-        return list(range(1, instance.number_of_frames + 1))
+        return frames
     numbers = text.split(",")
     if len(numbers) > _MOST_LISTED or not all(_is_number(each, _MOST_FRAMES) for each in numbers):
         raise NotFound("The instance has no such frame.")
     found = [int(each) for each in numbers]
-    if max(found) > instance.number_of_frames:
+    if not all(each in frames for each in found):
         raise NotFound("The instance has no such frame.")
     return found
 
@@ -250,7 +252,7 @@ def assembled(instances: Sequence[Instance], boundary: str) -> Iterator[bytes]:
     yield f"--{boundary}--\r\n".encode()
 
 
-async def in_parts(parts: Sequence[Part], boundary: str) -> AsyncIterator[bytes]:
+async def in_parts(parts: Iterable[Part], boundary: str) -> AsyncIterator[bytes]:
     """The body of an answer in parts, one after the other, with memory that does not grow.
 
     What fails after the first byte ends the answer without its last boundary.

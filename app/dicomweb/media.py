@@ -111,6 +111,15 @@ def accepted(header: str) -> Sequence[MediaRange]:
     return [each for _, each in sorted(found, key=lambda pair: -pair[0])]
 
 
+def takes_gzip(header: str) -> bool:
+    """Does an Accept-Encoding header name gzip (RFC 9110 12.5.3)?"""
+    for text in header.split(","):
+        name, parameters = parse_options_header(text.strip().encode("latin-1", "replace"))
+        if name.lower() == b"gzip":
+            return _quality(parameters.get(b"q", b"1").decode("latin-1")) > 0
+    return False
+
+
 def _quality(text: str) -> float:
     return float(text) if re.fullmatch(r"[01](\.[0-9]{0,3})?", text, re.ASCII) else 0.0
 

@@ -19,7 +19,7 @@ import anyio.to_thread
 import sqlalchemy as sa
 from sqlmodel import col, select
 
-from app.access import StudyAccess
+from app.access import PatientAccess, StudyAccess
 from app.db import Database, insert_if_absent
 from app.dicomweb.files import bulk_tags
 from app.dicomweb.freshness import Freshness, Known
@@ -76,14 +76,17 @@ class Metadata:
         self._one_ahead = asyncio.Lock()
         self._closing = False
 
-    async def series(self, access: Known, series_uid: str, root: str) -> Packed:
+    async def series(self, access: StudyAccess, series_uid: str, root: str) -> Packed:
         """The metadata of a series of the access's study, its BulkDataURIs below `root`.
 
         Only instances that came in through our checks are in it, and only if Orthanc says of each
         that it is of this study and this patient. Raises NotFound; Conflict where the archive
         holds the study under two patients; OrthancUnavailable.
         """
-        stamp = await self._freshness.stamp(access)
+        return await self._series(access, series_uid, root)
+
+    async def _series(self, study: Known, series_uid: str, root: str) -> Packed:
+        stamp = await self._freshness.stamp(study)
         key = (series_uid, root)
         packed = self._memory.get(key)
         if packed is not None and packed.stamp == stamp:
@@ -92,7 +95,7 @@ class Metadata:
         making = self._making.get(f"{series_uid} {stamp}")
         if making is None:
             # Of many requests at once one makes it, and goes on if its client goes away.
-            making = asyncio.create_task(self._kept(access, series_uid, stamp))
+            making = asyncio.create_task(self._kept(study, series_uid, stamp))
             self._making[f"{series_uid} {stamp}"] = making
             making.add_done_callback(lambda _: self._making.pop(f"{series_uid} {stamp}", None))
         kept = await asyncio.shield(making)
@@ -100,9 +103,11 @@ class Metadata:
         self._remember(key, packed)
         return packed
 
-    def make_ready(self, opened: Sequence[StudySummary], root: str) -> None:
-        """Begin with what a viewer that was just launched will ask for; nobody waits for it."""
+    def make_ready(self, access: PatientAccess, opened: Sequence[StudySummary], root: str) -> None:
+        """Begin with what a viewer that was just launched for the access's patient will ask for.
+        Nobody waits for it, and nobody gets it but by an access of their own."""
         for summary in opened:
+            assert summary.study.patient_id == access.patient.id
             study = _Opened(
                 study_instance_uid=summary.study.study_instance_uid,
                 orthanc_id=summary.study.orthanc_id,
@@ -123,7 +128,7 @@ class Metadata:
             if self._closing:
                 return
             try:
-                await self.series(study, series_uid, root)
+                await self._series(study, series_uid, root)
             except (LightboxError, sa.exc.SQLAlchemyError) as error:
                 logger.info("metadata was not made ready: %s", type(error).__name__)
 
@@ -168,14 +173,14 @@ class Metadata:
             _, oldest = self._memory.popitem(last=False)
             self._held_bytes -= len(oldest.body)
 
-    async def _kept(self, access: Known, series_uid: str, stamp: str) -> Packed:
+    async def _kept(self, study: Known, series_uid: str, stamp: str) -> Packed:
         async with self._database.session() as session:
             kept = await session.get(SeriesMetadata, series_uid)
             known = set(
                 await session.exec(
                     select(Instance.sop_instance_uid).where(
                         Instance.series_instance_uid == series_uid,
-                        Instance.study_instance_uid == access.study_instance_uid,
+                        Instance.study_instance_uid == study.study_instance_uid,
                     )
                 )
             )
@@ -183,17 +188,21 @@ class Metadata:
                 raise NotFound("The study has no such series.")
             if kept is not None and kept.stamp == stamp:
                 return Packed(stamp, kept.body)
-        answer = await self._orthanc.series_metadata(access.study_instance_uid, series_uid)
+        answer = await self._orthanc.series_metadata(study.study_instance_uid, series_uid)
         expected = {
-            "0020000D": access.study_instance_uid,
+            "0020000D": study.study_instance_uid,
             "0020000E": series_uid,
-            "00100020": access.dicom_patient_id,
+            "00100020": study.dicom_patient_id,
         }
         body = await anyio.to_thread.run_sync(checked, answer, expected, known)
-        await self._keep(access, series_uid, stamp, body)
+        try:
+            await self._keep(study, series_uid, stamp, body)
+        except sa.exc.IntegrityError as error:
+            # Nothing of a study outlives its deletion.
+            raise NotFound("The study was deleted at this moment.") from error
         return Packed(stamp, body)
 
-    async def _keep(self, access: Known, series_uid: str, stamp: str, body: bytes) -> None:
+    async def _keep(self, study: Known, series_uid: str, stamp: str, body: bytes) -> None:
         async with self._database.writing(), self._database.session() as session:
             await session.exec(
                 sa.delete(SeriesMetadata).where(
@@ -205,7 +214,7 @@ class Metadata:
                     session,
                     SeriesMetadata,
                     series_instance_uid=series_uid,
-                    study_instance_uid=access.study_instance_uid,
+                    study_instance_uid=study.study_instance_uid,
                     stamp=stamp,
                     body=body,
                 )

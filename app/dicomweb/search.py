@@ -10,7 +10,7 @@ import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 from uuid import UUID
 
 import sqlalchemy as sa
@@ -24,6 +24,7 @@ from app.errors import Unprocessable
 from app.models import Instance, LaunchStudy, Patient, Series, Study, folded
 
 DicomJson = dict[str, Any]
+Value = TypeVar("Value")
 
 STUDY_MATCHING = (
     "AccessionNumber",
@@ -362,23 +363,29 @@ class Searches:
         statement = self._instances_of_series if series_uid else self._instances
         found = await self._reader.all(statement, values)
         found.sort(key=lambda each: (each[3], *_number_order(each[4]), each[2]))
-        rows = [
-            _row(
-                attributes,
-                SpecificCharacterSet="ISO_IR 192",
-                SOPClassUID=sop_class,
-                SOPInstanceUID=sop,
-                StudyInstanceUID=access.study_instance_uid,
-                SeriesInstanceUID=series,
-                InstanceNumber=number,
-                Rows=height or None,
-                Columns=width or None,
-                NumberOfFrames=frames if height else None,
-                AvailableTransferSyntaxUID=syntax,
+        if not search.matching:
+            # Of thousands, only those that are shown are made.
+            return Found(
+                [self._instance_row(each, access) for each in _cut(found, search)], len(found)
             )
-            for attributes, sop_class, sop, series, number, height, width, frames, syntax in found
-        ]
-        return _page(rows, search)
+        return _page([self._instance_row(each, access) for each in found], search)
+
+    @staticmethod
+    def _instance_row(row: Sequence[Any], access: StudyAccess) -> DicomJson:
+        attributes, sop_class, sop, series, number, height, width, frames, syntax = row
+        return _row(
+            attributes,
+            SpecificCharacterSet="ISO_IR 192",
+            SOPClassUID=sop_class,
+            SOPInstanceUID=sop,
+            StudyInstanceUID=access.study_instance_uid,
+            SeriesInstanceUID=series,
+            InstanceNumber=number,
+            Rows=height or None,
+            Columns=width or None,
+            NumberOfFrames=frames if height else None,
+            AvailableTransferSyntaxUID=syntax,
+        )
 
 
 _UID = sa.bindparam("uid", type_=sa.String())
@@ -395,7 +402,11 @@ def _page(rows: Sequence[DicomJson], search: Search) -> Found:
         for row in rows
         if all(_matches(keyword, row, wanted) for keyword, wanted in search.matching.items())
     ]
-    return Found(found[search.offset : search.offset + search.limit], len(found))
+    return Found(_cut(found, search), len(found))
+
+
+def _cut(rows: Sequence[Value], search: Search) -> list[Value]:
+    return list(rows[search.offset : search.offset + search.limit])
 
 
 def _matches(keyword: str, row: DicomJson, wanted: str) -> bool:

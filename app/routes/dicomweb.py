@@ -9,7 +9,7 @@ starts, and in the root of the addresses they give. Storing is in `app.routes.st
 
 import hashlib
 import re
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from importlib.resources import files as resources
@@ -168,7 +168,7 @@ async def _packed(request: Request, make: Callable[[str], Awaitable[Packed]]) ->
     headers = {"ETag": f'W/"{packed.stamp}"'}
     if _is_known(request, packed.stamp):
         return Response(status_code=304, headers=headers)
-    if "gzip" in request.headers.get("accept-encoding", ""):
+    if media.takes_gzip(request.headers.get("accept-encoding", "")):
         headers |= {"Content-Encoding": "gzip", "Vary": "Accept-Encoding"}
         return Response(packed.body, headers=headers, media_type=DICOM_JSON)
     return Response(packed.plain(), headers=headers, media_type=DICOM_JSON)
@@ -191,7 +191,7 @@ async def retrieve_files(access: StudyAccess, request: Request) -> Response:
     instances = await _freshness(request).held(access, instances)
     if not instances:
         raise NotFound("The image archive does not hold these images any more.")
-    tag = hashlib.sha256(f"{stamp} {request.url.path}".encode()).hexdigest()[:32]
+    tag = _tag(stamp, request.url.path)
     headers = {"ETag": f'W/"{tag}"'}
     if len(instances) < linked:
         lost = f"The image archive has lost {linked - len(instances)} of the {linked} files."
@@ -234,13 +234,14 @@ async def frames(access: StudyAccess, request: Request) -> Response:
     if len(numbers) == 1 and not choice.transcode:
         return _send(request, files.frame(instance, numbers[0], choice, stamp), stamp)
     if len(numbers) == 1 and not choice.multipart:
-        tag = hashlib.sha256(f"{stamp} {request.url.path} {choice}".encode()).hexdigest()[:32]
+        tag = _tag(stamp, request.url.path, choice)
         if _is_known(request, tag):
             return Response(status_code=304, headers={"ETag": f'"{tag}"'})
         plain = await _orthanc(request).plain_frame(*_uids(request), numbers[0])
         return Response(plain, media_type=choice.part_type, headers={"ETag": f'"{tag}"'})
-    opening = [_frame(request, instance, number, choice) for number in numbers]
-    parts = [Part(choice.part_type, each) for each in opening]
+    parts = (
+        Part(choice.part_type, _frame(request, instance, number, choice)) for number in numbers
+    )
     return await _parts(request, Choice(choice.media_type, True), parts, stamp)
 
 
@@ -354,8 +355,7 @@ async def nothing(_: None, request: Request) -> Response:
 def _send(request: Request, file: SendFile, stamp: str) -> Response:
     """Leave the bytes to the edge, which gets them from Orthanc, or has kept them."""
     path = file.location.replace(file.boundary, "") if file.boundary else file.location
-    name = f"{stamp} {path} {file.media_type}"
-    tag = hashlib.sha256(name.encode()).hexdigest()[:32]
+    tag = _tag(stamp, path, file.media_type)
     if _is_known(request, tag):
         return Response(status_code=304, headers={"ETag": f'"{tag}"'})
     headers = {"X-Accel-Redirect": file.location, "ETag": f'"{tag}"'}
@@ -367,9 +367,9 @@ def _send(request: Request, file: SendFile, stamp: str) -> Response:
     )
 
 
-async def _parts(request: Request, choice: Choice, parts: Sequence[Part], stamp: str) -> Response:
+async def _parts(request: Request, choice: Choice, parts: Iterable[Part], stamp: str) -> Response:
     """Stream the parts through the app."""
-    tag = hashlib.sha256(f"{stamp} {request.url.path} {choice}".encode()).hexdigest()[:32]
+    tag = _tag(stamp, request.url.path, choice)
     headers = {"ETag": f'W/"{tag}"'}
     if _is_known(request, tag):
         return Response(status_code=304, headers=headers)
@@ -379,6 +379,11 @@ async def _parts(request: Request, choice: Choice, parts: Sequence[Part], stamp:
         return Response(headers=headers, media_type=media_type)
     body = await files.begun(files.in_parts(parts, boundary))
     return StreamingResponse(body, headers=headers, media_type=media_type)
+
+
+def _tag(*parts: object) -> str:
+    """The entity tag of what is named by these; the study's stamp is the first."""
+    return hashlib.sha256(repr(parts).encode()).hexdigest()[:32]
 
 
 def _is_known(request: Request, tag: str) -> bool:

@@ -30,12 +30,13 @@ from python_multipart.multipart import parse_options_header
 from app.access import Caller, RoleAccess
 from app.audit import Action
 from app.dicom import Header, parse_uid, read_header
+from app.dicomweb import media
+from app.dicomweb.media import DICOM, DICOM_JSON
 from app.errors import (
     Conflict,
     Forbidden,
     LightboxError,
     MalformedDicom,
-    NotAcceptable,
     NotDicom,
     NotFound,
     TooLarge,
@@ -56,9 +57,6 @@ router = AccessRouter(prefix="/dicom-web", tags=["dicomweb"])
 Store = Annotated[
     RoleAccess, Depends(Caller(Action.STUDY_UPLOAD, patient_in_body=True), scope="function")
 ]
-
-DICOM = "application/dicom"
-DICOM_JSON = "application/dicom+json"
 
 FAILURE_REASONS: tuple[tuple[type[LightboxError], int], ...] = (
     (Unavailable, 0xA700),  # refused, out of resources: send it again
@@ -132,7 +130,8 @@ async def store_instances_of_a_study(
 async def _store(caller: RoleAccess, request: Request, target: Target) -> Response:
     intake: Intake = request.app.state.intake
     settings: Settings = request.app.state.settings
-    _refuse_other_answers(request)
+    # Before anything is stored.
+    media.for_json(", ".join(request.headers.getlist("accept")))
     answer = _Answer(f"{settings.api_base_url}/dicom-web")
     try:
         async with aclosing(_parts(request, intake, settings)) as parts:
@@ -169,20 +168,6 @@ def _parts(request: Request, intake: Intake, settings: Settings) -> AsyncGenerat
     return related_parts(
         body, boundary_of(parameters), max_parts=MAX_FILES, spool_dir=settings.spool_dir
     )
-
-
-def _refuse_other_answers(request: Request) -> None:
-    """Raises NotAcceptable for who takes no DICOM JSON, before anything is stored."""
-    accepted = ",".join(request.headers.getlist("accept")) or "*/*"
-    for each in accepted.split(","):
-        kind, parameters = parse_options_header(each)
-        if kind.decode("latin-1") in (DICOM_JSON, "application/json", "application/*", "*/*"):
-            try:
-                if float(parameters.get(b"q", b"1")) > 0:
-                    return
-            except ValueError:
-                continue
-    raise NotAcceptable("The answer is application/dicom+json; accept that.")
 
 
 @dataclass(frozen=True)

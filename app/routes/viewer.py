@@ -165,7 +165,7 @@ async def _link(
     viewer: Viewer = request.app.state.viewer
     launch = await viewer.launch(access, opened, known, layout=layout)
     metadata: Metadata = request.app.state.metadata
-    metadata.make_ready(opened, dicom_web_root(launch.ctx))
+    metadata.make_ready(access, opened, dicom_web_root(launch.ctx))
     return ViewerLink(
         url=launch.url,
         study_count=len(launch.study_instance_uids),

@@ -14,6 +14,7 @@ import pytest
 from pydicom.uid import RLELossless
 
 from app.dicomweb import freshness
+from app.orthanc import Orthanc
 from tests.fake_orthanc import FakeOrthanc
 from tests.images import ct_image
 from tests.lightbox import Lightbox, Shared, World
@@ -495,6 +496,32 @@ async def test_what_is_deleted_in_orthanc_itself_is_gone(
     for path in (STUDY, SERIES):
         sent = files_of(await ask(lightbox, path, world.my_image))
         assert sent == [world.my_image["orthanc_instance_id"]]
+
+
+async def test_nothing_of_a_study_outlives_its_deletion(
+    lightbox: Lightbox, world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is deleted while Orthanc makes its metadata: that is neither shown nor kept."""
+    asked = Orthanc.series_metadata
+
+    async def meanwhile_deleted(orthanc: Orthanc, study_uid: str, series_uid: str) -> bytes:
+        answer = await asked(orthanc, study_uid, series_uid)
+        path = f"/dicom/studies/{study_uid}"
+        await lightbox.must("radiologist", "DELETE", path, params={"reason": "a wrong patient"})
+        return answer
+
+    monkeypatch.setattr(Orthanc, "series_metadata", meanwhile_deleted)
+    answer = await ask(lightbox, SERIES + "/metadata", world.my_image)
+    assert answer.status_code == 404
+    assert rows(lightbox, "SELECT * FROM series_metadata") == []
+
+
+async def test_who_refuses_gzip_gets_none(shared: Shared) -> None:
+    for header in ("gzip;q=0", "gzip; q=0.0, br", "br", ""):
+        path = SERIES + "/metadata"
+        answer = await ask(shared.lightbox, path, shared.world.my_image, accept_encoding=header)
+        assert "content-encoding" not in answer.headers, header
+        assert answer.json()
 
 
 async def test_a_study_that_came_again_is_another_one(lightbox: Lightbox, world: World) -> None:

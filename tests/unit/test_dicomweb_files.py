@@ -50,7 +50,19 @@ def test_frames_are_counted_from_one(text: str, expected: list[int]) -> None:
 
 
 def test_where_none_is_named_all_are_meant() -> None:
-    assert files.frame_numbers("", instance()) == [1, 2, 3]
+    assert list(files.frame_numbers("", instance())) == [1, 2, 3]
+
+
+def test_a_million_frames_cost_nothing_until_they_are_sent() -> None:
+    numbers = files.frame_numbers("", instance(number_of_frames=1_000_000))
+    assert (len(numbers), isinstance(numbers, list)) == (1_000_000, False)
+
+
+def test_a_video_is_one_file() -> None:
+    video = instance(transfer_syntax_uid=MP4, number_of_frames=120)
+    assert list(files.frame_numbers("", video)) == [1]
+    with pytest.raises(NotFound):
+        files.frame_numbers("2", video)
 
 
 @pytest.mark.parametrize(

@@ -46,6 +46,8 @@ def upgrade() -> None:
         sa.Column("study_instance_uid", sa.String(length=64), nullable=False),
         sa.Column("stamp", sa.String(length=64), nullable=False),
         sa.Column("body", sa.LargeBinary(), nullable=False),
+        sa.ForeignKeyConstraint(["series_instance_uid"], ["series.series_instance_uid"]),
+        sa.ForeignKeyConstraint(["study_instance_uid"], ["study.study_instance_uid"]),
         sa.PrimaryKeyConstraint("series_instance_uid"),
     )
     op.create_index(
