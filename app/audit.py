@@ -27,9 +27,13 @@ logger = logging.getLogger(__name__)
 class Action(StrEnum):
     """What a caller may ask for, `subject:verb`. Rights and audit records use the same words."""
 
+    ACCESS_EXPLAIN = "access:explain"
+    ACCESS_REPORT = "access:report"
     AUDIT_READ = "audit:read"
     CARE_TEAM_READ = "care-team:read"
     CARE_TEAM_WRITE = "care-team:write"
+    GLASS_BREAK = "glass:break"
+    GLASS_REVIEW = "glass:review"
     ORDER_CREATE = "order:create"
     ORDER_LIST = "order:list"
     ORDER_READ = "order:read"
@@ -37,9 +41,14 @@ class Action(StrEnum):
     PATIENT_CREATE = "patient:create"
     PATIENT_LIST = "patient:list"
     PATIENT_READ = "patient:read"
+    RESTRICTION_READ = "restriction:read"
+    RESTRICTION_WRITE = "restriction:write"
     SESSION_END = "session:end"
+    SESSION_LIST = "session:list"
     SESSION_OPEN = "session:open"
+    SESSION_REVOKE = "session:revoke"
     SIGN_IN = "sign-in"
+    SIGN_OUT = "sign-out"
     STATISTICS_READ = "statistics:read"
     STUDY_COERCE = "study:coerce"
     STUDY_DELETE = "study:delete"
@@ -83,6 +92,7 @@ class Entry:
     order_id: UUID | None = None
     study_instance_uid: str = ""
     ctx: str = ""
+    purpose_of_use: str = ""
     detail: Mapping[str, Any] = field(default_factory=dict)
 
     def as_record(self) -> AuditRecord:
@@ -98,6 +108,7 @@ class Entry:
             order_id=self.order_id,
             study_instance_uid=self.study_instance_uid,
             ctx=self.ctx,
+            purpose_of_use=self.purpose_of_use,
             detail=json.dumps(
                 self.detail, sort_keys=True, separators=(",", ":"), ensure_ascii=False
             ),

@@ -29,6 +29,8 @@ DENIAL_SENTENCES: Mapping[Reason, str] = {
     Reason.NO_RELATIONSHIP: "You have no relationship to this patient that allows this: you "
     "neither requested or attend one of their orders, nor are on their care team, nor is there "
     "an imaging order at your site that your role works on.",
+    Reason.RESTRICTED: "This patient's record is restricted to named people, and you are not "
+    "among them.",
 }
 
 
@@ -67,6 +69,7 @@ class PatientAccess:
     order: Order | None = None
     study: Study | None = None
     ctx: str = ""
+    purpose_of_use: str = ""  # see `policy.Decision`
     seal: object = field(default=None, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -85,6 +88,7 @@ class PatientAccess:
             order_id=self.order.id if self.order else None,
             study_instance_uid=self.study.study_instance_uid if self.study else "",
             ctx=self.ctx,
+            purpose_of_use=self.purpose_of_use,
         )
         return replace(subject, **more)
 
@@ -150,6 +154,7 @@ class Gate:
         decision = decide(principal, action, await _relations(session, principal, patient))
         if not decision.allowed:
             raise await self._denied(decision, entry)
+        entry = replace(entry, purpose_of_use=decision.purpose_of_use)
         if record_grant:
             by = {"by": sorted(decision.by)} if decision.by else {}
             await self.trail.record(replace(entry, outcome=Outcome.GRANTED, detail=by))
@@ -162,6 +167,7 @@ class Gate:
             order=order,
             study=study,
             ctx=ctx,
+            purpose_of_use=decision.purpose_of_use,
             seal=SEAL,
         )
 

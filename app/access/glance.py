@@ -68,6 +68,7 @@ class StudyAccess:
     instance_count: int
     instance: InstanceFacts | None
     ctx: str = ""
+    purpose_of_use: str = ""  # see `policy.Decision`
     seal: object = field(default=None, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -160,7 +161,8 @@ def study_access(
     if patient_id is None:
         return None
     held = [relation for relation, holds in zip(Relation, row[12:], strict=True) if holds]
-    if not decide(principal, action, held).allowed:
+    decision = decide(principal, action, held)
+    if not decision.allowed:
         return None
     return StudyAccess(
         principal=principal,
@@ -172,6 +174,7 @@ def study_access(
         instance_count=count,
         instance=None if instance[0] is None else InstanceFacts(*instance),
         ctx=ctx,
+        purpose_of_use=decision.purpose_of_use,
         seal=SEAL,
     )
 
@@ -243,6 +246,7 @@ class StudyGate:
                 outcome=Outcome.GRANTED,
                 patient_id=access.patient_id,
                 study_instance_uid=access.study_instance_uid,
+                purpose_of_use=access.purpose_of_use,
             )
         )
         return access
@@ -264,6 +268,7 @@ class StudyGate:
         key = (
             *(entry.actor, entry.actor_roles, entry.origin.client_address),
             *(entry.action.value, entry.study_instance_uid, str(entry.patient_id)),
+            entry.purpose_of_use,
         )
         if entry.action is Action.STUDY_RETRIEVE:
             await self._trail.record(entry)

@@ -16,13 +16,29 @@ from sqlmodel import col
 
 from app.audit import Action
 from app.identity import Principal, Role
-from app.models import CareTeamMember, Instance, Order, OrderStatus, Patient, Study
+from app.models import (
+    BrokenGlass,
+    CareTeamMember,
+    Instance,
+    NamedPerson,
+    Order,
+    OrderStatus,
+    Patient,
+    Restriction,
+    RestrictionLevel,
+    Study,
+)
 
 
 class Relation(StrEnum):
-    """What ties a caller to a patient. An order that was cancelled ties nobody."""
+    """What stands between a caller and a patient. An order that was cancelled ties nobody.
 
+    `ADMITTED` ties nobody by itself; without it no tie holds, unless the glass was broken.
+    """
+
+    ADMITTED = "the patient is not restricted, or the caller is named among those admitted"
     ATTENDS = "attends an order of the patient"
+    BROKE_GLASS = "broke the glass for the patient"
     CARE_TEAM = "is on the patient's care team"
     REQUESTED = "requested an order of the patient"
     SITE_IMAGING = "the patient has an imaging order at the caller's site"
@@ -34,27 +50,40 @@ class Reason(StrEnum):
     """Why not. The words a denial is recorded and explained with."""
 
     NO_RELATIONSHIP = "no-relationship"
+    RESTRICTED = "restricted"
     ROLE = "role"
+
+
+BREAK_THE_GLASS = "BTG"
 
 
 @dataclass(frozen=True)
 class Decision:
-    """Allowed, or denied with the reason. `by` are the relations that carried it."""
+    """Allowed, or denied with the reason. `by` are the relations that carried it;
+    `purpose_of_use` is `BTG` (HL7 v3 PurposeOfUse) where it is so only because the glass was
+    broken, and else empty."""
 
     allowed: bool
     reason: Reason | None = None
     by: frozenset[Relation] = frozenset()
+    purpose_of_use: str = ""
 
 
 ANY_PATIENT: frozenset[Relation] = frozenset()
-"""The role may do it to every patient, or it concerns no single patient."""
+"""The role may do it to every patient, restricted or not, or it concerns no single patient."""
 
-TREATS = frozenset({Relation.REQUESTED, Relation.ATTENDS, Relation.CARE_TEAM})
-READS = frozenset({Relation.SITE_IMAGING})
+TREATS = frozenset({Relation.REQUESTED, Relation.ATTENDS, Relation.CARE_TEAM, Relation.BROKE_GLASS})
+READS = frozenset({Relation.SITE_IMAGING, Relation.BROKE_GLASS})
+WRITES = frozenset({Relation.SITE_IMAGING})
 WORKS_ON = frozenset({Relation.SITE_SCHEDULED, Relation.UPLOADED})
 
 POLICY: Mapping[Role, Mapping[Action, frozenset[Relation]]] = {
     Role.CLINICIAN: {
+        Action.ACCESS_EXPLAIN: ANY_PATIENT,
+        Action.GLASS_BREAK: ANY_PATIENT,
+        Action.SESSION_LIST: ANY_PATIENT,
+        Action.SESSION_REVOKE: ANY_PATIENT,
+        Action.SIGN_OUT: ANY_PATIENT,
         Action.PATIENT_LIST: TREATS,
         Action.PATIENT_READ: TREATS,
         Action.CARE_TEAM_READ: TREATS,
@@ -66,6 +95,11 @@ POLICY: Mapping[Role, Mapping[Action, frozenset[Relation]]] = {
         Action.STUDY_VIEW: TREATS,
     },
     Role.RADIOLOGIST: {
+        Action.ACCESS_EXPLAIN: ANY_PATIENT,
+        Action.GLASS_BREAK: ANY_PATIENT,
+        Action.SESSION_LIST: ANY_PATIENT,
+        Action.SESSION_REVOKE: ANY_PATIENT,
+        Action.SIGN_OUT: ANY_PATIENT,
         Action.PATIENT_LIST: READS,
         Action.PATIENT_READ: READS,
         Action.ORDER_LIST: READS,
@@ -74,13 +108,17 @@ POLICY: Mapping[Role, Mapping[Action, frozenset[Relation]]] = {
         Action.STUDY_READ: READS,
         Action.STUDY_RETRIEVE: READS,
         Action.STUDY_VIEW: READS,
-        Action.STUDY_UPLOAD: READS,
-        Action.STUDY_COERCE: READS,
-        Action.STUDY_DELETE: READS,
+        Action.STUDY_UPLOAD: WRITES,
+        Action.STUDY_COERCE: WRITES,
+        Action.STUDY_DELETE: WRITES,
         Action.TAGS_READ: ANY_PATIENT,
         Action.TAGS_MODIFY: ANY_PATIENT,
     },
     Role.TECHNOLOGIST: {
+        Action.ACCESS_EXPLAIN: ANY_PATIENT,
+        Action.SESSION_LIST: ANY_PATIENT,
+        Action.SESSION_REVOKE: ANY_PATIENT,
+        Action.SIGN_OUT: ANY_PATIENT,
         Action.PATIENT_LIST: WORKS_ON,
         Action.PATIENT_READ: WORKS_ON,
         Action.ORDER_LIST: WORKS_ON,
@@ -89,12 +127,19 @@ POLICY: Mapping[Role, Mapping[Action, frozenset[Relation]]] = {
         Action.STUDY_READ: WORKS_ON,
         Action.STUDY_RETRIEVE: WORKS_ON,
         Action.STUDY_VIEW: WORKS_ON,
-        Action.STUDY_UPLOAD: READS,
-        Action.STUDY_COERCE: READS,
+        Action.STUDY_UPLOAD: WRITES,
+        Action.STUDY_COERCE: WRITES,
         Action.TAGS_READ: ANY_PATIENT,
         Action.TAGS_MODIFY: ANY_PATIENT,
     },
     Role.SERVICE: {
+        Action.ACCESS_EXPLAIN: ANY_PATIENT,
+        Action.ACCESS_REPORT: ANY_PATIENT,
+        Action.RESTRICTION_READ: ANY_PATIENT,
+        Action.RESTRICTION_WRITE: ANY_PATIENT,
+        Action.SESSION_LIST: ANY_PATIENT,
+        Action.SESSION_REVOKE: ANY_PATIENT,
+        Action.SIGN_OUT: ANY_PATIENT,
         Action.PATIENT_CREATE: ANY_PATIENT,
         Action.PATIENT_LIST: ANY_PATIENT,
         Action.PATIENT_READ: ANY_PATIENT,
@@ -112,8 +157,18 @@ POLICY: Mapping[Role, Mapping[Action, frozenset[Relation]]] = {
         Action.STUDY_DELETE: ANY_PATIENT,
         Action.TAGS_READ: ANY_PATIENT,
     },
-    Role.ADMIN: {Action.STATISTICS_READ: ANY_PATIENT},
-    Role.AUDITOR: {Action.AUDIT_READ: ANY_PATIENT},
+    Role.ADMIN: {
+        Action.SESSION_LIST: ANY_PATIENT,
+        Action.SESSION_REVOKE: ANY_PATIENT,
+        Action.STATISTICS_READ: ANY_PATIENT,
+    },
+    Role.AUDITOR: {
+        Action.ACCESS_REPORT: ANY_PATIENT,
+        Action.AUDIT_READ: ANY_PATIENT,
+        Action.GLASS_REVIEW: ANY_PATIENT,
+        Action.SESSION_LIST: ANY_PATIENT,
+        Action.SESSION_REVOKE: ANY_PATIENT,
+    },
 }
 
 
@@ -132,10 +187,15 @@ def decide(principal: Principal, action: Action, relations: Iterable[Relation] =
     held = frozenset(relations)
     if ANY_PATIENT in ways:
         return Decision(allowed=True)
-    by = held.intersection(*[frozenset().union(*ways)])
-    if by:
-        return Decision(allowed=True, by=by)
-    return Decision(allowed=False, reason=Reason.NO_RELATIONSHIP)
+    by = held & frozenset().union(*ways)
+    if not by:
+        return Decision(allowed=False, reason=Reason.NO_RELATIONSHIP)
+    broke = held & {Relation.BROKE_GLASS}
+    if Relation.ADMITTED not in held:
+        if not broke:
+            return Decision(allowed=False, reason=Reason.RESTRICTED)
+        return Decision(allowed=True, by=by | broke, purpose_of_use=BREAK_THE_GLASS)
+    return Decision(allowed=True, by=by, purpose_of_use=BREAK_THE_GLASS if by == broke else "")
 
 
 class Tied(Protocol):
@@ -177,7 +237,30 @@ def clauses(
         .where(col(Study.patient_id) == Patient.id, col(Instance.received_by) == caller.sub)
         .correlate_except(Instance, Study)
     )
+    restricted = (
+        sa.select(sa.literal(1))
+        .where(col(Restriction.patient_id) == Patient.id)
+        .correlate_except(Restriction)
+    )
+    named = (
+        sa.select(sa.literal(1))
+        .where(col(NamedPerson.patient_id) == Patient.id, col(NamedPerson.sub) == caller.sub)
+        .correlate_except(NamedPerson)
+    )
+    sealed = restricted.where(col(Restriction.level) == RestrictionLevel.SEALED.value)
+    broke_glass = (
+        sa.select(sa.literal(1))
+        .where(
+            col(BrokenGlass.patient_id) == Patient.id,
+            col(BrokenGlass.sub) == caller.sub,
+            col(BrokenGlass.expires_at) > now,
+            sa.or_(col(BrokenGlass.opens_sealed), sa.not_(sealed.exists())),
+        )
+        .correlate_except(BrokenGlass)
+    )
     return {
+        Relation.ADMITTED: sa.or_(sa.not_(restricted.exists()), named.exists()),
+        Relation.BROKE_GLASS: broke_glass.exists(),
         Relation.REQUESTED: live_order.where(col(Order.requested_by) == caller.sub).exists(),
         Relation.ATTENDS: live_order.where(col(Order.attending) == caller.sub).exists(),
         Relation.CARE_TEAM: member.exists(),
@@ -198,4 +281,5 @@ def visible(principal: Principal, action: Action, now: datetime) -> sa.ColumnEle
     if ANY_PATIENT in ways:
         return sa.true()
     holds = clauses(principal, now)
-    return sa.or_(sa.false(), *(holds[relation] for way in ways for relation in sorted(way)))
+    tied = sa.or_(sa.false(), *(holds[each] for each in sorted(frozenset().union(*ways))))
+    return sa.and_(tied, sa.or_(holds[Relation.ADMITTED], holds[Relation.BROKE_GLASS]))

@@ -87,6 +87,7 @@ async def end_sessions(
                 patient_id=launch.patient_id,
                 order_id=launch.order_id,
                 ctx=launch.ctx,
+                purpose_of_use=launch.purpose_of_use,
                 detail={"viewer": launch.actor, "studies": studies},
             ),
         )

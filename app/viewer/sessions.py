@@ -117,6 +117,7 @@ class Viewer:
             actor_name=access.principal.name,
             actor_roles=access.principal.roles_text,
             actor_site=access.principal.site,
+            purpose_of_use=access.purpose_of_use,
             patient_id=access.patient.id,
             order_id=access.order.id if access.order else None,
             opens=",".join(uids),
@@ -163,6 +164,7 @@ class Viewer:
                 patient_id=launch.patient_id,
                 order_id=launch.order_id,
                 ctx=launch.ctx,
+                purpose_of_use=launch.purpose_of_use,
             )
             refusal = _refusal_of_link(launch, now)
             if refusal is not None:
