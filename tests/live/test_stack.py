@@ -1,5 +1,6 @@
 """The processes of the demo and the tests, for real: Orthanc, started, asked, stopped, orphaned."""
 
+import gzip
 import os
 import signal
 import socket
@@ -221,6 +222,8 @@ def test_only_what_is_served_is_unpacked(tmp_path: Path) -> None:
             "package/package.json": "{}",
             "package/dist/index.html": "viewer",
             "package/dist/assets/logo.png": "png",
+            "package/dist/app.bundle.js": "let a = 1;\n" * 100,
+            "package/dist/tiny.js": "1",
             "package/dist/app-config.js": "a public demo server",
             "package/dist/sw.js": "",
             "package/dist/init-service-worker.js": "",
@@ -235,8 +238,13 @@ def test_only_what_is_served_is_unpacked(tmp_path: Path) -> None:
         for path in (tmp_path / "dist").rglob("*")
         if path.is_file()
     }
-    assert unpacked == {"index.html", "assets/logo.png"}
+    shown = {"index.html", "assets/logo.png", "app.bundle.js", "app.bundle.js.gz", "tiny.js"}
+    assert unpacked == shown
     assert not (tmp_path / "escape.js").exists()
+    script = tmp_path / "dist" / "app.bundle.js"
+    packed = script.with_name("app.bundle.js.gz")
+    assert gzip.decompress(packed.read_bytes()) == script.read_bytes()
+    assert packed.stat().st_mtime == script.stat().st_mtime
 
 
 def test_a_package_with_another_checksum_is_not_used(tmp_path: Path) -> None:
