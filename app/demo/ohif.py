@@ -69,7 +69,8 @@ def ensure_ohif(cache_dir: Path, report: Callable[[str], None]) -> Path:
     package's .tgz put into `cache_dir` serves as well. Raises SetupError.
     """
     pinned = viewer_version()
-    target = cache_dir.resolve() / pinned.folder_name
+    cache_dir = cache_dir.resolve()
+    target = cache_dir / pinned.folder_name
     if (target / "index.html").is_file():
         return target
     cache_dir.mkdir(parents=True, exist_ok=True)
