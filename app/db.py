@@ -30,6 +30,13 @@ from sqlmodel.ext.asyncio.session import AsyncSession
 from app.errors import DatabaseUnavailable
 
 AUDIT_TABLE = "audit_record"
+# WAL: readers don't wait for the writer. FULL: a committed audit record survives a power cut.
+SQLITE_PRAGMAS = (
+    "journal_mode=WAL",
+    "synchronous=FULL",
+    "foreign_keys=ON",
+    "busy_timeout=15000",
+)
 
 
 def utcnow() -> datetime:
@@ -73,6 +80,15 @@ class Database:
             return
         async with self._turn:
             yield
+
+    @asynccontextmanager
+    async def writing_session(self) -> AsyncIterator[AsyncSession]:
+        """A session, and then the turn to write. In this order: who has the turn must not wait for
+        a connection, which those may hold who wait for the turn."""
+        async with self.session() as session:
+            _ = await session.connection()
+            async with self.writing():
+                yield session
 
     async def ping(self) -> None:
         """Raises DatabaseUnavailable where the database doesn't answer."""
@@ -281,12 +297,6 @@ def _verify_revision(connection: Connection) -> None:
 
 def _configure_sqlite(connection: Any, _record: Any) -> None:
     cursor = connection.cursor()
-    # WAL: readers don't wait for the writer. FULL: a committed audit record survives a power cut.
-    for pragma in (
-        "journal_mode=WAL",
-        "synchronous=FULL",
-        "foreign_keys=ON",
-        "busy_timeout=15000",
-    ):
+    for pragma in SQLITE_PRAGMAS:
         cursor.execute(f"PRAGMA {pragma}")
     cursor.close()

@@ -11,11 +11,13 @@ LightboxError                     status  said to the caller as RFC 9457 problem
 ├── TooLarge                         413  larger than the configured limit
 ├── UnsupportedMediaType             415  a body of a type that is not taken here
 ├── NotDicom                         415  not a DICOM file
+├── TooManyRequests                  429  more than the limit; with Retry-After
 ├── Unprocessable                    422  the request's own form
 │   └── MalformedDicom               422  DICOM, but truncated, too deep, or with bad values
 └── Unavailable                      503  with Retry-After
     ├── OrthancUnavailable           503  the PACS doesn't answer, or answers nonsense
     ├── DatabaseUnavailable          503  the database doesn't answer
+    ├── EhrUnavailable               503  the EHR, which has a say, doesn't: nothing is shown
     └── AuditUnavailable             503  the record could not be written, so nothing is shown
 
 `detail` is a sentence for the caller: what was wrong and what to do. It never holds another
@@ -116,6 +118,18 @@ class MalformedDicom(Unprocessable):
     slug = "malformed-dicom"
 
 
+class TooManyRequests(LightboxError):
+    """`retry_after_seconds`: when the next try has a chance."""
+
+    status = 429
+    title = "Too many requests"
+    slug = "too-many-requests"
+
+    def __init__(self, detail: str, retry_after_seconds: int) -> None:
+        super().__init__(detail)
+        self.retry_after_seconds = retry_after_seconds
+
+
 class Unavailable(LightboxError):
     status = 503
     title = "Temporarily unavailable"
@@ -131,6 +145,11 @@ class OrthancUnavailable(Unavailable):
 class DatabaseUnavailable(Unavailable):
     title = "Database unavailable"
     slug = "database-unavailable"
+
+
+class EhrUnavailable(Unavailable):
+    title = "EHR's decision unavailable"
+    slug = "ehr-unavailable"
 
 
 class AuditUnavailable(Unavailable):

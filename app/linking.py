@@ -5,7 +5,7 @@ first and never looks beyond it.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import date
 from uuid import UUID
 
@@ -15,6 +15,8 @@ from sqlmodel import col, select
 from app.access import PatientAccess, RoleAccess, VisiblePatients
 from app.errors import NotFound
 from app.models import (
+    Arrival,
+    ArrivalState,
     Instance,
     Order,
     OrderStudy,
@@ -23,6 +25,7 @@ from app.models import (
     SeriesMetadata,
     Study,
 )
+from app.orderlife import images_changed
 
 
 @dataclass(frozen=True)
@@ -70,7 +73,6 @@ class StudyFilter:
 async def find_studies(window: VisiblePatients, wanted: StudyFilter) -> list[StudySummary]:
     """The studies of visible patients that fit, in the order of their UIDs."""
     query = select(Study).join(Patient, col(Patient.id) == col(Study.patient_id))
-    query = query.where(window.condition)
     if wanted.patient_id:
         query = query.where(Study.patient_id == wanted.patient_id)
     if wanted.mrn:
@@ -105,11 +107,12 @@ async def find_studies(window: VisiblePatients, wanted: StudyFilter) -> list[Stu
     if wanted.order_id:
         linked = select(OrderStudy.study_instance_uid).where(OrderStudy.order_id == wanted.order_id)
         query = query.where(col(Study.study_instance_uid).in_(linked))
+    query = await window.only(query)
     if wanted.after:
         query = query.where(Study.study_instance_uid > wanted.after)
     query = query.order_by(col(Study.study_instance_uid)).limit(wanted.limit)
     studies = (await window.session.exec(query)).all()
-    return await _summaries(window, studies)
+    return await summaries(window, studies)
 
 
 async def studies_of(access: PatientAccess) -> list[StudySummary]:
@@ -122,7 +125,7 @@ async def studies_of(access: PatientAccess) -> list[StudySummary]:
         .where(OrderStudy.order_id == access.order.id, Study.patient_id == access.patient.id)
         .order_by(col(OrderStudy.linked_at), col(Study.study_instance_uid))
     )
-    return await _summaries(access, (await access.session.exec(query)).all())
+    return await summaries(access, (await access.session.exec(query)).all())
 
 
 async def patient_studies_of(access: PatientAccess) -> list[StudySummary]:
@@ -132,13 +135,13 @@ async def patient_studies_of(access: PatientAccess) -> list[StudySummary]:
         .where(Study.patient_id == access.patient.id)
         .order_by(col(Study.study_date).desc(), col(Study.study_instance_uid))
     )
-    return await _summaries(access, (await access.session.exec(query)).all())
+    return await summaries(access, (await access.session.exec(query)).all())
 
 
 async def study_of(access: PatientAccess) -> StudySummary:
     """The study that the access names."""
     assert access.study is not None
-    (summary,) = await _summaries(access, [access.study])
+    (summary,) = await summaries(access, [access.study])
     return summary
 
 
@@ -220,6 +223,8 @@ class Unlinked:
     instance_count: int
     order_ids: list[UUID]
     sop_instance_uids: list[str]
+    order_status: dict[str, str] = field(default_factory=dict)  # of orders that it moved
+    reopened: list[UUID] = field(default_factory=list)  # orders whose images were complete
 
 
 async def forget_study(access: PatientAccess) -> Unlinked:
@@ -235,15 +240,24 @@ async def forget_study(access: PatientAccess) -> Unlinked:
     sop_instance_uids = list(instances)
     for table in (OrderStudy, SeriesMetadata, Instance, Series, Study):
         await access.session.exec(sa.delete(table).where(col(table.study_instance_uid) == uid))
+    moved = await images_changed(access.session, summary.order_ids)
+    await access.session.exec(
+        sa.update(Arrival)
+        .where(col(Arrival.orthanc_id) == access.study.orthanc_id)
+        .values(state=ArrivalState.GONE.value, patient_id=None, order_id=None, rule="")
+        .execution_options(synchronize_session=False)
+    )
     return Unlinked(
         series_count=len(summary.series),
         instance_count=summary.instance_count,
         order_ids=list(summary.order_ids),
         sop_instance_uids=sop_instance_uids,
+        order_status={str(each.order_id): each.told for each in moved},
+        reopened=[each.order_id for each in moved if each.reopened],
     )
 
 
-async def _summaries(
+async def summaries(
     window: PatientAccess | VisiblePatients, studies: Sequence[Study]
 ) -> list[StudySummary]:
     uids = [study.study_instance_uid for study in studies]

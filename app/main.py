@@ -11,29 +11,48 @@ from fastapi import FastAPI
 from fastapi_offline import FastAPIOffline
 
 from app import __version__, problems
-from app.access import Gate, StudyGate
-from app.audit import AuditTrail, Origin
+from app.access import Ehr, Gate, PatientAccess, StudyGate
+from app.arrivals import Follower
+from app.atna import Feed
+from app.audit import Action, AuditTrail, Entry, Origin, Outcome
+from app.audit.checkpoints import Checkpoints
 from app.db import Database, Reader
 from app.dicomweb import Freshness, Metadata
 from app.dicomweb.search import Searches
-from app.errors import LightboxError
+from app.errors import AuditUnavailable
 from app.identity import TokenVerifier
+from app.imports import Imports
+from app.imports.events import Streams
 from app.intake import Intake
+from app.limits import Launches
+from app.linking import StudySummary
+from app.notifications import Notifications
 from app.orthanc import Orthanc
+from app.recovery import Recovery
 from app.routes import (
+    access_report,
     admin,
     audit,
+    break_glass,
     dicomweb,
+    fhir,
     health,
+    imports,
+    merges,
     orders,
     patients,
+    reconciliation,
+    restrictions,
+    sessions,
     stow,
     studies,
     uploads,
     viewer,
+    why,
 )
 from app.settings import Settings
 from app.viewer import Viewer
+from app.worklist import Worklist
 
 logger = logging.getLogger(__name__)
 
@@ -53,37 +72,87 @@ def create_app(settings: Settings) -> FastAPI:
         # A pool of its own: a request that holds a business connection never waits, for its
         # record, on another request that does the same.
         trail_database = Database(settings.database_url, beside=database)
+        trail = AuditTrail(trail_database)
         reader = Reader(settings.database_url)
         orthanc = Orthanc.from_settings(settings)
         async with httpx.AsyncClient(timeout=10.0) as client:
             try:
                 await database.verify()
                 await reader.open()
+                await trail.record(_of_process(Action.APPLICATION_START))
                 verifier = TokenVerifier(settings, client)
-                gate = Gate(database, AuditTrail(trail_database), verifier)
+                ehr = Ehr.from_settings(settings, client)
+                gate = Gate(database, trail, verifier, ehr, settings.failed_sign_ins_per_minute)
+                app.state.launches = Launches(settings.launches_per_minute)
+                app.state.import_streams = Streams()
                 app.state.settings = settings
                 app.state.database = database
                 app.state.orthanc = orthanc
                 app.state.gate = gate
                 app.state.intake = Intake(settings, orthanc)
-                app.state.studies = StudyGate(reader, gate.trail)
+                app.state.studies = StudyGate(reader, gate.trail, ehr)
                 app.state.viewer = Viewer(settings, database, gate, orthanc, reader)
                 app.state.searches = Searches(reader)
                 app.state.freshness = Freshness(orthanc)
                 app.state.metadata = Metadata(database, orthanc, app.state.freshness)
+                app.state.worklist = Worklist(settings, database, gate.trail, orthanc)
+                app.state.follower = _follower(settings, database, gate, orthanc, app)
+                recovery = Recovery(
+                    settings, gate, orthanc, app.state.viewer, app.state.worklist.wake
+                )
+                app.state.recovery = recovery
+                await recovery.begin()
+                app.state.imports = Imports(settings, gate, orthanc)
+                await app.state.imports.open()
+                recovering = asyncio.create_task(recovery.run())
+                importing = asyncio.create_task(app.state.imports.run())
+                following = asyncio.create_task(app.state.follower.run())
+                listing = asyncio.create_task(app.state.worklist.run())
+                vouching = asyncio.create_task(Checkpoints(settings, trail_database).run())
+                feed = Feed(settings, trail_database)
+                feeding = asyncio.create_task(feed.run())
                 upkeep = asyncio.create_task(_upkeep(app.state.viewer))
+                sending = asyncio.create_task(Notifications(settings, database).run())
+                counting = asyncio.create_task(gate.failed_tries.run())
                 try:
                     yield
                 finally:
                     upkeep.cancel()
+                    importing.cancel()
+                    with suppress(asyncio.CancelledError):
+                        await importing
+                    following.cancel()
+                    with suppress(asyncio.CancelledError):
+                        await following
+                    listing.cancel()
+                    sending.cancel()
+                    counting.cancel()
                     await app.state.metadata.close()
                     with suppress(asyncio.CancelledError):
                         await upkeep
+                    with suppress(asyncio.CancelledError):
+                        await listing
+                    with suppress(asyncio.CancelledError):
+                        await sending
+                    with suppress(asyncio.CancelledError):
+                        await counting
                     try:
                         await app.state.viewer.flush()
                     except sa.exc.SQLAlchemyError as error:
                         logger.error("the last counts were not written: %s", type(error).__name__)
+                    recovering.cancel()
+                    with suppress(asyncio.CancelledError):
+                        await recovering
+                    with suppress(AuditUnavailable):  # logged
+                        await trail.record(_of_process(Action.APPLICATION_STOP))
+                    await trail.close()
+                    feed.stop()
+                    await feeding
+                    vouching.cancel()
+                    with suppress(asyncio.CancelledError):
+                        await vouching
             finally:
+                await trail.close()
                 await orthanc.close()
                 await reader.close()
                 await database.close()
@@ -104,18 +173,44 @@ def create_app(settings: Settings) -> FastAPI:
     app.router.routes[:0] = dicomweb.routes
     for each in (
         patients,
+        reconciliation,
+        merges,
+        restrictions,
+        break_glass,
         orders,
         uploads,
+        imports,
         studies,
         viewer,
+        why,
+        sessions,
         health,
         admin,
         audit,
+        access_report,
+        fhir,
         stow,
     ):
         app.include_router(each.router)
     app.include_router(dicomweb.rest)
     return app
+
+
+def _follower(
+    settings: Settings, database: Database, gate: Gate, orthanc: Orthanc, app: FastAPI
+) -> Follower:
+    """Whose linked studies are made ready for who opens them, and leave the worklist."""
+    metadata: Metadata = app.state.metadata
+    worklist: Worklist = app.state.worklist
+
+    def ready(access: PatientAccess, summary: StudySummary) -> None:
+        metadata.make_ready(access, [summary], f"{settings.api_base_url}/dicom-web")
+
+    return Follower(settings, database, gate, orthanc, app.state.intake, ready, worklist.wake)
+
+
+def _of_process(action: Action) -> Entry:
+    return Entry(action=action, outcome=Outcome.DONE, origin=Origin(request_id="upkeep"))
 
 
 async def _upkeep(viewer: Viewer) -> None:
@@ -125,8 +220,8 @@ async def _upkeep(viewer: Viewer) -> None:
         await asyncio.sleep(FLUSH_SECONDS)
         rounds += 1
         try:
-            await viewer.flush()
+            await viewer.closing.flush()
             if rounds % SWEEP_EVERY_FLUSHES == 0:
                 await viewer.sweep(Origin(request_id="upkeep"))
-        except (sa.exc.SQLAlchemyError, LightboxError, OSError) as error:
-            logger.error("viewer upkeep failed, will try again: %s", type(error).__name__)
+        except Exception as error:  # whatever it was: sessions must go on ending
+            logger.error("viewer upkeep failed, will try again", exc_info=error)

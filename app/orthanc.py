@@ -8,7 +8,7 @@ they are believed, and its error bodies never leave this module.
 import asyncio
 import json
 import re
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any, BinaryIO, Self
@@ -45,6 +45,26 @@ class Statistics:
     series: int
     instances: int
     disk_size_mb: float
+
+
+@dataclass(frozen=True)
+class Change:
+    """An entry of Orthanc's log of changes. `kind` is `NewStudy`, `StableStudy`, ..."""
+
+    seq: int
+    kind: str
+    orthanc_id: str
+    mark: str  # tells it from another database's change of the same number
+
+
+@dataclass(frozen=True)
+class Held:
+    """A study as Orthanc's index has it: the tags of its first file, by keyword."""
+
+    orthanc_id: str
+    tags: Mapping[str, str]
+    series: tuple[str, ...]
+    stable: bool
 
 
 class Orthanc:
@@ -85,6 +105,10 @@ class Orthanc:
         """Orthanc's version."""
         system = _json(await self._ask("GET", "/system"))
         return str(_field(system, "Version", str))
+
+    async def default_encoding(self) -> str:
+        """Orthanc's name of the character set that it answers C-FIND in, `Latin1`."""
+        return (await self._ask("GET", "/tools/default-encoding")).text.strip('"\r\n ')
 
     async def statistics(self) -> Statistics:
         """The archive's totals."""
@@ -171,6 +195,42 @@ class Orthanc:
         for series in await self._children("studies", orthanc_id, "Series"):
             found.update(await self._children("series", series, "Instances"))
         return found
+
+    async def changes(self, since: int, limit: int) -> tuple[list[Change], int]:
+        """The changes after number `since`, and the number of the last one: of these, or of all
+        there were where there are none. What was deleted has no changes any more."""
+        answer = _json(await self._ask("GET", f"/changes?since={since}&limit={limit}"))
+        return [_change(each) for each in _field(answer, "Changes", list)], _field(
+            answer, "Last", int
+        )
+
+    async def held(self, orthanc_id: str) -> Held | None:
+        """A study; None where it has gone."""
+        path = f"/studies/{_valid_id(orthanc_id)}"
+        response = await self._ask("GET", path, pass_on=(404,))
+        return None if response.status_code == 404 else _held(_json(response))
+
+    async def all_held(self, since: int, limit: int) -> list[Held]:
+        """Some of all studies, in no certain order."""
+        path = f"/studies?expand&since={since}&limit={limit}"
+        return [_held(each) for each in _json(await self._ask("GET", path), list)]
+
+    async def study_ids(self) -> set[str]:
+        """The Orthanc ids of all studies."""
+        return set(_json(await self._ask("GET", "/studies"), list))
+
+    async def series_modality(self, orthanc_id: str) -> str:
+        """Modality of a series; empty where there is none, or it has gone."""
+        path = f"/series/{_valid_id(orthanc_id)}"
+        response = await self._ask("GET", path, pass_on=(404,))
+        found = {} if response.status_code == 404 else _json(response)
+        return str(found.get("MainDicomTags", {}).get("Modality", ""))
+
+    @asynccontextmanager
+    async def file(self, orthanc_id: str) -> AsyncIterator[AsyncIterator[bytes]]:
+        """An instance as it is stored, in chunks. Raises NotFound."""
+        async with self._stream(f"/instances/{_valid_id(orthanc_id)}/file") as chunks:
+            yield chunks
 
     async def _children(self, level: str, orthanc_id: str, field: str) -> list[str]:
         path = f"/{level}/{_valid_id(orthanc_id)}"
@@ -267,6 +327,15 @@ class Orthanc:
         path = f"/instances/{_valid_id(orthanc_id)}/metadata"
         return (await self._ask("GET", path, pass_on=(404,))).status_code == 200
 
+    async def came_from(self, orthanc_id: str, username: str) -> bool:
+        """Did this user store the instance by the REST API? Not what came by DICOM, or has gone."""
+        path = f"/instances/{_valid_id(orthanc_id)}/metadata?expand"
+        response = await self._ask("GET", path, pass_on=(404,))
+        if response.status_code == 404:
+            return False
+        said = _json(response)
+        return (said.get("Origin"), said.get("HttpUsername")) == ("RestApi", username)
+
     async def delete_study(self, orthanc_id: str) -> None:
         """Delete a study. One that is gone already is as good."""
         await self._ask("DELETE", f"/studies/{_valid_id(orthanc_id)}", pass_on=(404,))
@@ -360,6 +429,27 @@ def _orthanc_id(answer: dict[str, Any], name: str) -> str:
     if not isinstance(value, str) or not _ORTHANC_ID.fullmatch(value):
         raise _nonsense()
     return value
+
+
+def _change(entry: Any) -> Change:
+    try:
+        kind, orthanc_id = str(entry["ChangeType"]), str(entry["ID"])
+        return Change(int(entry["Seq"]), kind, orthanc_id, f"{orthanc_id} {entry['Date']}")
+    except (KeyError, TypeError, ValueError) as error:
+        raise _nonsense() from error
+
+
+def _held(answer: Any) -> Held:
+    try:
+        tags = {**answer.get("PatientMainDicomTags", {}), **answer["MainDicomTags"]}
+        return Held(
+            orthanc_id=_orthanc_id(answer, "ID"),
+            tags={str(key): str(value) for key, value in tags.items()},
+            series=tuple(str(each) for each in answer["Series"]),
+            stable=bool(answer.get("IsStable", True)),
+        )
+    except (AttributeError, KeyError, TypeError) as error:
+        raise _nonsense() from error
 
 
 def _valid_id(orthanc_id: str) -> str:

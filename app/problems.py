@@ -2,7 +2,9 @@
 
 import logging
 import re
+import time
 from collections.abc import Mapping
+from functools import cache
 from typing import Any
 from uuid import uuid4
 
@@ -14,10 +16,14 @@ from starlette.exceptions import HTTPException
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from app import fhir, logs
+from app.aliases import is_of_retired
 from app.errors import (
     PROBLEM_TYPE,
+    Conflict,
     DatabaseUnavailable,
     LightboxError,
+    TooManyRequests,
     Unauthenticated,
     Unavailable,
     Unprocessable,
@@ -25,8 +31,10 @@ from app.errors import (
 from app.inert import inert_json
 
 logger = logging.getLogger(__name__)
+request_logger = logging.getLogger("app.requests")
 
 _SANE_REQUEST_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:+=@-]{0,63}")
+_METHODS = {"DELETE", "GET", "HEAD", "OPTIONS", "PATCH", "POST", "PUT"}
 _TITLES = {404: "Not found", 405: "Method not allowed", 400: "Bad request"}
 _DETAILS = {
     404: "There is nothing at this address. See /docs for what there is.",
@@ -39,6 +47,10 @@ class ProblemResponse(Response):
     media_type = "application/problem+json"
 
 
+class OperationOutcomeResponse(ProblemResponse):
+    media_type = fhir.MEDIA_TYPE
+
+
 def problem(
     request: Request,
     status: int,
@@ -49,7 +61,13 @@ def problem(
     extra: Mapping[str, Any] | None = None,
     headers: Mapping[str, str] | None = None,
 ) -> ProblemResponse:
-    """A problem answer. `slug` becomes `type`; docs/api.md lists them."""
+    """A problem answer. `slug` becomes `type`; docs/api.md lists them. Below `/fhir/` it is said
+    as FHIR has it: an OperationOutcome, and 400 for what is wrong with a request's own form."""
+    kept = {"Cache-Control": "no-store", **(headers or {})}
+    if request.url.path.startswith("/fhir/"):
+        status = 400 if status == 422 else status
+        outcome = fhir.operation_outcome(status, slug, title, detail)
+        return OperationOutcomeResponse(inert_json(outcome), status, kept)
     body = {
         "type": slug if slug == "about:blank" else f"{PROBLEM_TYPE}{slug}",
         "title": title,
@@ -58,11 +76,7 @@ def problem(
         "request_id": getattr(request.state, "request_id", ""),
         **(extra or {}),
     }
-    return ProblemResponse(
-        inert_json(body),
-        status,
-        {"Cache-Control": "no-store", **(headers or {})},
-    )
+    return ProblemResponse(inert_json(body), status, kept)
 
 
 def method_not_allowed(request: Request, allowed: str) -> Response:
@@ -70,13 +84,18 @@ def method_not_allowed(request: Request, allowed: str) -> Response:
     return problem(request, 405, _TITLES[405], _DETAILS[405], headers={"Allow": allowed})
 
 
-def of_error(request: Request, error: LightboxError) -> ProblemResponse:
-    """The answer to one of our own errors."""
+def headers_of(error: LightboxError) -> dict[str, str]:
+    """What an answer to one of our own errors says in its headers."""
     headers: dict[str, str] = {}
-    if isinstance(error, Unavailable):
+    if isinstance(error, (Unavailable, TooManyRequests)):
         headers["Retry-After"] = str(error.retry_after_seconds)
     if isinstance(error, Unauthenticated):
         headers["WWW-Authenticate"] = 'Bearer realm="lightbox"'
+    return headers
+
+
+def of_error(request: Request, error: LightboxError) -> ProblemResponse:
+    """The answer to one of our own errors."""
     return problem(
         request,
         error.status,
@@ -84,7 +103,7 @@ def of_error(request: Request, error: LightboxError) -> ProblemResponse:
         error.detail,
         slug=error.slug,
         extra=error.extra,
-        headers=headers,
+        headers=headers_of(error),
     )
 
 
@@ -135,7 +154,17 @@ def install(app: FastAPI) -> None:
             request, Unprocessable("The request holds a character or number that can't be kept.")
         )
 
+    async def retired(request: Request, error: Exception) -> Response:
+        assert isinstance(error, sa.exc.IntegrityError)
+        if not is_of_retired(error):
+            raise error
+        return of_error(
+            request,
+            Conflict("The patient was merged into another at this moment. Nothing was changed."),
+        )
+
     app.add_exception_handler(LightboxError, ours)
+    app.add_exception_handler(sa.exc.IntegrityError, retired)
     app.add_exception_handler(sa.exc.DataError, unfit)
     app.add_exception_handler(RequestValidationError, invalid)
     app.add_exception_handler(HTTPException, http)
@@ -157,7 +186,8 @@ def _unforeseen(request: Request) -> Response:
 
 
 class RequestId:
-    """Gives every request an id, the caller's own if it is a sane one, and says it back.
+    """Gives every request an id, the caller's own if it is a sane one, says it back, and logs the
+    request in one line: never its address, which names patients, but the route that took it.
 
     It also answers what nobody foresaw: FastAPI's own handler stands outside of all middleware,
     and its answer would have no id.
@@ -173,28 +203,59 @@ class RequestId:
         given = Headers(scope=scope).get("x-request-id", "")
         request_id = given if _SANE_REQUEST_ID.fullmatch(given) else uuid4().hex
         scope.setdefault("state", {})["request_id"] = request_id
+        # For every line of this request; the server runs each in a context of its own.
+        logs.request_id.set(request_id)
 
-        started = False
+        started, status, by_edge, began = False, 0, False, time.perf_counter()
 
         async def named(message: Message) -> None:
-            nonlocal started
+            nonlocal started, status, by_edge
             if message["type"] == "http.response.start":
-                started = True
+                started, status = True, message["status"]
                 headers = MutableHeaders(scope=message)
+                by_edge = "x-accel-redirect" in headers
                 headers["X-Request-ID"] = request_id
                 headers.setdefault("Cache-Control", "no-store")
                 headers.setdefault("X-Content-Type-Options", "nosniff")
             await send(message)
 
-        if b"%00" in scope.get("raw_path", b"") or b"%00" in scope.get("query_string", b""):
-            # No value of ours holds NUL, and PostgreSQL stores none.
-            said = "An address can't hold NUL."
-            refusal = problem(Request(scope), 422, "Invalid request", said, slug="invalid-request")
-            await refusal(scope, receive, named)
-            return
         try:
-            await self.app(scope, receive, named)
+            await self._answer(scope, receive, named)
         except Exception:
             if not started:
                 await _unforeseen(Request(scope))(scope, receive, named)
             raise  # to the server's log
+        finally:
+            # Bytes that the edge sends, hundreds for a viewer, are in its own log.
+            if not by_edge:
+                _log(scope, status, time.perf_counter() - began)
+
+    async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if b"%00" in scope.get("raw_path", b"") or b"%00" in scope.get("query_string", b""):
+            # No value of ours holds NUL, and PostgreSQL stores none.
+            said = "An address can't hold NUL."
+            refusal = problem(Request(scope), 422, "Invalid request", said, slug="invalid-request")
+            await refusal(scope, receive, send)
+        else:
+            await self.app(scope, receive, send)
+
+
+def _log(scope: Scope, status: int, seconds: float) -> None:
+    """`status` 0: the client went away before there was an answer."""
+    level = logging.WARNING if status >= 500 else logging.INFO
+    if not request_logger.isEnabledFor(level):
+        return
+    method = scope["method"] if scope["method"] in _METHODS else "OTHER"
+    fields = {
+        "method": method,
+        "route": _template(getattr(scope.get("route"), "path", "-")),
+        "status": status,
+        "duration_ms": round(seconds * 1000, 1),
+    }
+    request_logger.log(level, "request", extra=fields)
+
+
+@cache
+def _template(path: str) -> str:
+    """A route's path without its converters; `-` for what no route took."""
+    return re.sub(r":\w+}", "}", path)

@@ -14,6 +14,7 @@ from starlette.exceptions import HTTPException
 from starlette.routing import Match
 from starlette.types import Message, Receive, Scope, Send
 
+from app import idempotency
 from app.access import DirectGuard, Guard
 from app.errors import LightboxError, TooLarge, Unprocessable
 from app.settings import MEBIBYTE
@@ -37,17 +38,26 @@ class GuardedRoute(APIRoute):
     async def handle(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["method"] == "HEAD" and "GET" in (self.methods or ()):
             scope = {**scope, "method": "GET"}  # the server sends no body all the same
-        await super().handle(scope, receive, send)
+        run = super().handle
+        await idempotency.answering(scope, send, lambda watched: run(scope, receive, watched))
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
         handle = super().get_route_handler()
+        status = self.status_code or 200
         if self.body_field is None:
-            return handle
+
+            async def bodiless(request: Request) -> Response:
+                idempotency.about(request, status, has_body=False)
+                return await handle(request)
+
+            return bodiless
         (guard,) = _guards(self.dependant)
 
         async def guarded(request: Request) -> Response:
+            bounded = Request(request.scope, _bounded(request.receive))
+            idempotency.about(bounded, status, has_body=True)
             try:
-                return await handle(Request(request.scope, _bounded(request.receive)))
+                return await handle(bounded)
             except (RequestValidationError, HTTPException) as error:
                 if not _is_unread_body(error):
                     raise
@@ -110,6 +120,8 @@ class AccessRouter(APIRouter):
             )
         if isinstance(guards[0], DirectGuard):
             kwargs["route_class_override"] = DirectRoute
+        if idempotency.may_repeat(endpoint, kwargs.get("methods") or ()):
+            endpoint = idempotency.once(endpoint)
         extra = dict(kwargs.pop("openapi_extra", None) or {})
         extra["x-access"] = guards[0].describe()
         super().add_api_route(path, endpoint, openapi_extra=extra, **kwargs)

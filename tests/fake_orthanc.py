@@ -34,6 +34,10 @@ class FakeOrthanc:
     faults: list[httpx.Response | Exception] = field(default_factory=list)
     faults_at: dict[str, httpx.Response | Exception] = field(default_factory=dict)
 
+    origin: dict[str, str] = field(
+        default_factory=lambda: {"Origin": "RestApi", "HttpUsername": "lightbox"}
+    )
+    """What Orthanc says of where each instance came from."""
     held: asyncio.Event | None = None
     """While it is not set, no request is answered: an Orthanc that hangs."""
     meanwhile: dict[str, Callable[[], None]] = field(default_factory=dict)
@@ -66,6 +70,8 @@ class FakeOrthanc:
             return fault
         if path == "/system":
             return httpx.Response(200, json={"Version": "1.10.1"})
+        if path == "/tools/default-encoding":
+            return httpx.Response(200, text="Latin1")
         if path == "/statistics":
             return httpx.Response(200, json=self._statistics())
         if path == "/instances":
@@ -93,10 +99,14 @@ class FakeOrthanc:
             ids = [_ids(each) for each in self.instances.values()]
             below = sorted({each[level + 1] for each in ids if each[level] == match[2]})
             named = {"studies": "Series", "series": "Instances"}[match[1]]
-            return httpx.Response(200 if below else 404, json={named: below})
+            answer: dict[str, Any] = {named: below}
+            if below and level == 1:
+                first = next(x for x in self.instances.values() if _ids(x)[1] == match[2])
+                answer |= _as_study(match[2], first)
+            return httpx.Response(200 if below else 404, json=answer)
         match = re.fullmatch(r"/instances/([0-9a-f-]+)/metadata", path)
         if match:
-            return httpx.Response(200 if match[1] in self.instances else 404, json=[])
+            return httpx.Response(200 if match[1] in self.instances else 404, json=self.origin)
         match = re.fullmatch(r"/instances/([0-9a-f-]+)/attachments/dicom/md5", path)
         if match:
             digest = hashlib.md5(self.bodies[match[1]], usedforsecurity=False).hexdigest()
@@ -194,6 +204,18 @@ class FakeOrthanc:
         bulk = f"http://localhost/dicom-web/{path}/instances/{image.SOPInstanceUID}/bulk/7fe00010"
         row["7FE00010"] = {"vr": "OW", "BulkDataURI": bulk}
         return row
+
+
+def _as_study(study_id: str, image: pydicom.Dataset) -> dict[str, Any]:
+    """What Orthanc's index says of a study, by its first file."""
+    patient = ("PatientID", "PatientName", "PatientBirthDate", "PatientSex")
+    study = ("StudyInstanceUID", "StudyDate", "StudyTime", "StudyDescription", "AccessionNumber")
+    return {
+        "ID": study_id,
+        "IsStable": True,
+        "PatientMainDicomTags": {each: str(image.get(each, "")) for each in patient},
+        "MainDicomTags": {each: str(image.get(each, "")) for each in study},
+    }
 
 
 def _decodes(image: pydicom.Dataset) -> bool:

@@ -30,6 +30,8 @@ def make_settings(database_url: str, orthanc_url: str, **more: Any) -> Settings:
         "orthanc_password": SecretStr("orthanc-password"),
         "jwt_secret": SecretStr(SECRET),
         "max_upload_bytes": 8 * 1024 * 1024,
+        "follow_orthanc": False,  # nothing moves by itself, but for tests of that
+        "failed_sign_ins_per_minute": 1_000_000,  # all tests come from one address
     }
     return Settings(**{**values, **more})
 

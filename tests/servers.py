@@ -320,6 +320,10 @@ def orthanc_server(
         "LIGHTBOX_ORTHANC_REMOTE": "true",
         "LIGHTBOX_ORTHANC_DICOM_ENABLED": "false",
         "LIGHTBOX_ORTHANC_DICOM_PORT": "4242",
+        "LIGHTBOX_ORTHANC_MODALITIES": "",
+        "LIGHTBOX_ORTHANC_ENCODING": "Latin1",
+        "LIGHTBOX_ORTHANC_MORE_PLUGINS": "",
+        "LIGHTBOX_ORTHANC_WORKLIST_DIR": "/tmp",
     }
     # The image's own entry point reads configurations before Orthanc fills in the environment,
     # which ours are no JSON for: start Orthanc itself.

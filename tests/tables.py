@@ -49,9 +49,10 @@ def change(lightbox: Lightbox, statement: str, *values: object) -> int:
 
 
 def contents(lightbox: Lightbox) -> list[str]:
-    """All that is kept, except the audit trail, to be compared."""
+    """All that is kept, except the audit trail and what is under way, to be compared."""
+    apart = ('INTO "audit_record"', 'INTO "operation"')
     with opened(lightbox) as connection:
-        return [line for line in connection.iterdump() if '"audit_record"' not in line]
+        return [line for line in connection.iterdump() if not any(each in line for each in apart)]
 
 
 def records(lightbox: Lightbox, request_id: str) -> list[dict[str, Any]]:

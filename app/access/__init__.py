@@ -5,7 +5,8 @@
 route asks the gate.
 """
 
-from app.access.gate import Denial, Gate, PatientAccess, RoleAccess, Subject, VisiblePatients
+from app.access.ehr import Ehr
+from app.access.gate import Denial, Gate, PatientAccess, RoleAccess, Subject
 from app.access.glance import InstanceFacts, SessionAccess, StudyAccess, StudyGate
 from app.access.guards import (
     Caller,
@@ -18,12 +19,14 @@ from app.access.guards import (
     Visible,
 )
 from app.access.policy import POLICY, Reason, Relation, decide
+from app.access.window import VisiblePatients, decisions
 
 __all__ = [
     "POLICY",
     "Caller",
     "Denial",
     "DirectGuard",
+    "Ehr",
     "Gate",
     "Grant",
     "Guard",
@@ -42,4 +45,5 @@ __all__ = [
     "Visible",
     "VisiblePatients",
     "decide",
+    "decisions",
 ]

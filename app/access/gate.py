@@ -4,8 +4,8 @@ Nothing outside of this module can make a `PatientAccess`; every function that t
 data takes one first. The gate also is the edge of the request's one business transaction.
 """
 
-from collections.abc import AsyncIterator, Iterable, Mapping
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from typing import Any
@@ -16,16 +16,37 @@ from fastapi.exceptions import RequestValidationError
 from sqlmodel import col, select
 from sqlmodel.ext.asyncio.session import AsyncSession
 
-from app.access.policy import Decision, Reason, clauses, decide
-from app.audit import Action, AuditTrail, Entry, Origin, Outcome
+from app.access.ehr import EHR_SILENT, Ehr, Question, narrow
+from app.access.policy import (
+    Decision,
+    Reason,
+    clauses,
+    decide,
+    decide_of_no_patient,
+    may_ask,
+)
+from app.aliases import survivor
+from app.audit import Action, AuditTrail, Entry, Operation, Origin, Outcome, operations
 from app.db import Database, utcnow
 from app.dicom import parse_uid
-from app.errors import Forbidden, LightboxError, NotFound, Unavailable, Unprocessable
+from app.errors import (
+    AuditUnavailable,
+    EhrUnavailable,
+    Forbidden,
+    LightboxError,
+    NotFound,
+    Unavailable,
+    Unprocessable,
+)
 from app.identity import Principal, TokenVerifier
+from app.limits import FailedTries
 from app.models import Order, Patient, Study
 
 DENIAL_SENTENCES: Mapping[Reason, str] = {
+    Reason.EHR: "The EHR does not allow this.",
+    Reason.OUT_OF_CONTEXT: "You signed in for one patient; this is not about them.",
     Reason.ROLE: "Your role does not allow this.",
+    Reason.SCOPE: "The scopes of your token do not cover this.",
     Reason.NO_RELATIONSHIP: "You have no relationship to this patient that allows this: you "
     "neither requested or attend one of their orders, nor are on their care team, nor is there "
     "an imaging order at your site that your role works on.",
@@ -70,6 +91,7 @@ class PatientAccess:
     study: Study | None = None
     ctx: str = ""
     purpose_of_use: str = ""  # see `policy.Decision`
+    operation: Operation | None = field(default=None, compare=False)
     seal: object = field(default=None, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -89,6 +111,7 @@ class PatientAccess:
             study_instance_uid=self.study.study_instance_uid if self.study else "",
             ctx=self.ctx,
             purpose_of_use=self.purpose_of_use,
+            operation=self.operation,
         )
         return replace(subject, **more)
 
@@ -104,10 +127,19 @@ class PatientAccess:
 class Gate:
     """Decides, records, and makes accesses. One per app; `app.state.gate`."""
 
-    def __init__(self, database: Database, trail: AuditTrail, verifier: TokenVerifier) -> None:
+    def __init__(
+        self,
+        database: Database,
+        trail: AuditTrail,
+        verifier: TokenVerifier,
+        ehr: Ehr | None = None,
+        failed_tries_per_minute: int = 60,
+    ) -> None:
         self.database = database
         self.trail = trail
+        self.failed_tries = FailedTries(trail, failed_tries_per_minute)
         self.verifier = verifier
+        self.ehr = ehr
 
     async def patient_access(
         self,
@@ -126,7 +158,7 @@ class Gate:
         `record_grant=False` is for the later requests of a viewer session, whose first access to
         a study is the record (PS3.15 A.5). Denials are always recorded.
 
-        Raises NotFound for an unknown subject, Denial, AuditUnavailable.
+        Raises NotFound for an unknown subject, Denial, EhrUnavailable, AuditUnavailable.
         """
         entry = Entry(
             action=action,
@@ -137,9 +169,9 @@ class Gate:
             ctx=ctx,
         )
         # The role first: who may never do this learns nothing about what exists.
-        by_role = decide(principal, action)
-        if by_role.reason is Reason.ROLE:
-            raise await self._denied(by_role, replace(entry, detail={subject.value: str(key)}))
+        asked = may_ask(principal, action)
+        if not asked.allowed:
+            raise await self._denied(asked, replace(entry, detail={subject.value: str(key)}))
         order, study, patient = await _resolve(session, subject, key)
         if patient is None:
             unknown = replace(entry, reason="unknown", detail={subject.value: str(key)})
@@ -152,12 +184,18 @@ class Gate:
             study_instance_uid=study.study_instance_uid if study else "",
         )
         decision = decide(principal, action, await _relations(session, principal, patient))
+        if self.ehr is not None and decision.allowed:
+            await session.commit()  # only read so far; no connection is held while the EHR is asked
+            purpose = decision.purpose_of_use
+            asked_of = (patient.id, patient.mrn, patient.mrn_issuer)
+            question = Question.of(principal, action, *asked_of, purpose)
+            decision = await narrow(self.ehr, decision, question)
         if not decision.allowed:
             raise await self._denied(decision, entry)
         entry = replace(entry, purpose_of_use=decision.purpose_of_use)
         if record_grant:
             by = {"by": sorted(decision.by)} if decision.by else {}
-            await self.trail.record(replace(entry, outcome=Outcome.GRANTED, detail=by))
+            entry = await self.grant(session, replace(entry, detail=by))
         return PatientAccess(
             session=session,
             principal=principal,
@@ -168,24 +206,47 @@ class Gate:
             study=study,
             ctx=ctx,
             purpose_of_use=decision.purpose_of_use,
+            operation=entry.operation,
             seal=SEAL,
         )
 
+    async def grant(self, session: AsyncSession, entry: Entry) -> Entry:
+        """Commit the record of a grant, with its operation in the journal if it will have an
+        outcome: `session` is where that comes about. The entry as it was written."""
+        granted = replace(
+            entry, outcome=Outcome.GRANTED, operation=self.trail.operation(entry.action)
+        )
+        await self.trail.record(granted)
+        if granted.operation is not None:
+            operations.watch(session, granted.operation)
+        return granted
+
     async def role_check(
-        self, principal: Principal, entry: Entry, *, record_grant: bool = True
+        self,
+        principal: Principal,
+        entry: Entry,
+        *,
+        record_grant: bool = True,
+        of_no_patient: bool = False,
     ) -> None:
-        """Raises Denial where no role of the caller knows the action."""
-        decision = decide(principal, entry.action)
-        if decision.reason is Reason.ROLE:
+        """Raises Denial where no role of the caller knows the action, or no scope covers it; with
+        `of_no_patient`, where this is all there is to decide, where a patient in context forbids it
+        too."""
+        ask = decide_of_no_patient if of_no_patient else may_ask
+        decision = ask(principal, entry.action)
+        if not decision.allowed:
             raise await self._denied(decision, entry)
         if record_grant:
             await self.trail.record(replace(entry, outcome=Outcome.GRANTED))
 
-    async def _denied(self, decision: Decision, entry: Entry) -> Denial:
+    async def _denied(self, decision: Decision, entry: Entry) -> Denial | EhrUnavailable:
+        """The error to raise, on record."""
         assert decision.reason is not None
         await self.trail.record(
             replace(entry, outcome=Outcome.DENIED, reason=decision.reason.value)
         )
+        if decision.reason is Reason.EHR_UNAVAILABLE:
+            return EhrUnavailable(EHR_SILENT)
         return Denial(decision.reason)
 
     @asynccontextmanager
@@ -199,6 +260,7 @@ class Gate:
         async with self.database.session() as session:
             try:
                 yield session
+                operations.ending(session)
                 await session.commit()
             except Exception as error:
                 await session.rollback()
@@ -208,13 +270,33 @@ class Gate:
                 ours = isinstance(error, LightboxError) and not isinstance(error, _RECORDED)
                 if not grants and unread is not None and ours:
                     asked = [unread]
+                # What was left to be found out about stays in the journal.
+                still_open = operations.under_way(session)
                 failed = [
-                    replace(entry, outcome=Outcome.FAILED, reason=reason, detail=detail)
+                    replace(
+                        entry,
+                        outcome=Outcome.FAILED,
+                        reason=reason,
+                        detail=detail,
+                        operation=entry.operation if entry.operation in still_open else None,
+                    )
                     for entry in asked
                 ]
                 if failed:
                     await self.trail.record(*failed)
+                    operations.settled(session, operations.closed_by(failed))
+                await self._close(session)
                 raise
+            finally:
+                self.trail.unsettled |= operations.under_way(session)
+
+    async def _close(self, session: AsyncSession) -> None:
+        """End what failed and is recorded by who tried it, the follower say."""
+        if operations.under_way(session):
+            # If it can't, it is left to be found out about.
+            with suppress(AuditUnavailable, sa.exc.SQLAlchemyError, OSError):
+                operations.ending(session)
+                await session.commit()
 
 
 @dataclass
@@ -261,25 +343,6 @@ class RoleAccess:
         await AuditTrail.add(
             self.session, replace(entry_of(self.principal, self.action, self.origin), **more)
         )
-
-
-@dataclass(frozen=True)
-class VisiblePatients:
-    """A caller's window on the patients: lists start from `condition`, never without it."""
-
-    session: AsyncSession
-    principal: Principal
-    action: Action
-    origin: Origin
-    gate: Gate
-    condition: sa.ColumnElement[bool]  # over the columns of `Patient`
-
-    async def disclose(self, patient_ids: Iterable[UUID]) -> None:
-        """Record, before the answer leaves, whose data a list shows: one patient a record."""
-        entry = entry_of(self.principal, self.action, self.origin)
-        records = [replace(entry, patient_id=each) for each in sorted(set(patient_ids))]
-        if records:
-            await self.gate.trail.record(*records)
 
 
 _RECORDED = (Forbidden, NotFound, Unavailable)  # as denied; or nothing can be recorded now
@@ -330,7 +393,8 @@ async def _resolve(
     except ValueError as error:
         raise Unprocessable(f"`{subject.value}` must be a UUID.") from error
     if subject is Subject.PATIENT:
-        return None, None, await session.get(Patient, identifier)
+        # Of a patient who was merged into another: that one, whose the record is now.
+        return None, None, await survivor(session, identifier)
     found_order = (
         await session.exec(
             select(Order, Patient)

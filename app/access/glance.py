@@ -8,6 +8,8 @@ A grant is recorded before it counts. For a caller with a token: one record for 
 `RECORD_SECONDS`, and one for each transfer of whole files; for a launch session: one a study
 (PS3.15 A.5). Whoever is refused is recorded each time.
 
+Where the EHR has a say (`app.access.ehr`), it is asked after the row: `confirmed`.
+
 `study_columns` is the part of the statement that is the same for a caller with a token and for a
 launch session; `study_access` reads it, and seals what was granted.
 """
@@ -23,11 +25,20 @@ from uuid import UUID
 import sqlalchemy as sa
 from sqlmodel import col
 
+from app.access.ehr import EHR_SILENT, Ehr, Question, Verdict, narrow
 from app.access.gate import SEAL, Denial
-from app.access.policy import Reason, Relation, Tied, clauses, decide
+from app.access.policy import (
+    Decision,
+    Reason,
+    Relation,
+    Tied,
+    clauses,
+    decide,
+    may_ask,
+)
 from app.audit import Action, AuditTrail, Entry, Origin, Outcome
 from app.db import Reader, utcnow
-from app.errors import NotFound
+from app.errors import EhrUnavailable, NotFound
 from app.identity import Principal
 from app.models import Instance, Patient, Study, UtcDateTime
 
@@ -67,8 +78,10 @@ class StudyAccess:
     generation: str
     instance_count: int
     instance: InstanceFacts | None
+    question: Question  # what the EHR is asked, where it has a say
     ctx: str = ""
     purpose_of_use: str = ""  # see `policy.Decision`
+    broke: bool = False  # the glass stands broken, whatever else ties the caller
     seal: object = field(default=None, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -82,8 +95,15 @@ class SessionAccess:
 
     principal: Principal
     patient_id: UUID
+    question: Question
     ctx: str
+    broke: bool = False  # as of StudyAccess
     seal: object = field(default=None, repr=False, compare=False)
+
+    @property
+    def purpose_of_use(self) -> str:
+        """See `policy.Decision`."""
+        return self.question.purpose_of_use
 
     def __post_init__(self) -> None:
         if self.seal is not SEAL:
@@ -91,19 +111,47 @@ class SessionAccess:
 
 
 def relation_columns(caller: Tied) -> list[Any]:
-    """Which relations hold for the row of `Patient`, in the order of `Relation`."""
+    """Who the row of `Patient` is, and which relations hold, in the order of `Relation`."""
     holds = clauses(caller, NOW)
-    return [holds[relation].label(relation.name.lower()) for relation in Relation]
+    relations = [holds[relation].label(relation.name.lower()) for relation in Relation]
+    return [col(Patient.mrn), col(Patient.mrn_issuer), *relations]
+
+
+def _decided(
+    principal: Principal, action: Action, patient_id: UUID, row: Sequence[Any]
+) -> tuple[Decision, Question]:
+    """What the policy says by a row of `relation_columns`, and what the EHR would be asked."""
+    mrn, issuer, *holding = row
+    held = [relation for relation, holds in zip(Relation, holding, strict=True) if holds]
+    decision = decide(principal, action, held)
+    return decision, Question.of(
+        principal, action, patient_id, mrn, issuer, decision.purpose_of_use
+    )
+
+
+async def confirmed(
+    ehr: Ehr | None, access: StudyAccess | SessionAccess, launched_with: str
+) -> bool:
+    """Does the EHR, where it has a say, allow it too, if need be under the purpose that the session
+    was launched with? False where it doesn't answer: ask the gate, which records why."""
+    if ehr is None:
+        return True
+    question = access.question
+    verdict = await ehr.ask(question)
+    if verdict is Verdict.DENIED and access.broke and launched_with != question.purpose_of_use:
+        verdict = await ehr.ask(replace(question, purpose_of_use=launched_with))
+    return verdict is Verdict.ALLOWED
 
 
 def session_access(
     principal: Principal, action: Action, patient_id: UUID, row: Sequence[Any], ctx: str
 ) -> SessionAccess | None:
     """The access, if the policy allows it by the relations in the row."""
-    held = [relation for relation, holds in zip(Relation, row, strict=True) if holds]
-    if not decide(principal, action, held).allowed:
+    decision, question = _decided(principal, action, patient_id, row)
+    if not decision.allowed:
         return None
-    return SessionAccess(principal, patient_id, ctx, SEAL)
+    broke = Relation.BROKE_GLASS in decision.by
+    return SessionAccess(principal, patient_id, question, ctx, broke, SEAL)
 
 
 def study_columns(caller: Tied) -> list[Any]:
@@ -152,18 +200,35 @@ def parameters(study_uid: str, series_uid: str, sop_uid: str, now: datetime) -> 
     return {UID: study_uid, SERIES_UID: series_uid, SOP_UID: sop_uid, "now": now}
 
 
+def study_decision(
+    principal: Principal, action: Action, row: Sequence[Any]
+) -> tuple[Decision, Question]:
+    """What the policy says by a row of `study_columns` that names a study."""
+    return _decided(principal, action, row[0], row[12:])
+
+
 def study_access(
     principal: Principal, action: Action, row: Sequence[Any], ctx: str = ""
 ) -> StudyAccess | None:
     """The access, if the row of `study_columns` names a study and the policy allows it."""
-    patient_id, uid, orthanc_id, dicom_patient_id, generation, count = row[:6]
-    instance = row[6:12]
-    if patient_id is None:
+    if row[0] is None:
         return None
-    held = [relation for relation, holds in zip(Relation, row[12:], strict=True) if holds]
-    decision = decide(principal, action, held)
+    decision, question = study_decision(principal, action, row)
     if not decision.allowed:
         return None
+    return _sealed(principal, row, question, ctx, broke=Relation.BROKE_GLASS in decision.by)
+
+
+def _sealed(
+    principal: Principal,
+    row: Sequence[Any],
+    question: Question,
+    ctx: str = "",
+    *,
+    broke: bool = False,
+) -> StudyAccess:
+    patient_id, uid, orthanc_id, dicom_patient_id, generation, count = row[:6]
+    instance = row[6:12]
     return StudyAccess(
         principal=principal,
         patient_id=patient_id,
@@ -173,8 +238,10 @@ def study_access(
         generation=generation,
         instance_count=count,
         instance=None if instance[0] is None else InstanceFacts(*instance),
+        question=question,
         ctx=ctx,
-        purpose_of_use=decision.purpose_of_use,
+        purpose_of_use=question.purpose_of_use,
+        broke=broke,
         seal=SEAL,
     )
 
@@ -185,17 +252,43 @@ class Named:
 
     sub: Any
     site: Any
+    patient: sa.ColumnElement[bool] | None = None  # is the row of `Patient` the one in context?
 
 
-_CALLER = Named(sa.bindparam("sub", type_=sa.String()), sa.bindparam("site", type_=sa.String()))
+_CALLER = Named(
+    sa.bindparam("sub", type_=sa.String()),
+    sa.bindparam("site", type_=sa.String()),
+    sa.or_(
+        sa.not_(sa.bindparam("limited", type_=sa.Boolean())),
+        col(Patient.id) == sa.bindparam("context_id", type_=sa.Uuid()),
+        sa.and_(
+            col(Patient.mrn) == sa.bindparam("context_mrn", type_=sa.String()),
+            col(Patient.mrn_issuer) == sa.bindparam("context_issuer", type_=sa.String()),
+        ),
+    ),
+)
+
+
+def _caller_values(principal: Principal) -> dict[str, Any]:
+    """The values of `_CALLER`'s parameters. What is None there equals nothing."""
+    context = principal.patient
+    return {
+        "sub": principal.sub,
+        "site": principal.site,
+        "limited": context is not None,
+        "context_id": context.patient_id if context else None,
+        "context_mrn": context.mrn or None if context else None,
+        "context_issuer": context.mrn_issuer if context else None,
+    }
 
 
 class StudyGate:
     """Decides and records what callers with a token ask of a study. One per app."""
 
-    def __init__(self, reader: Reader, trail: AuditTrail) -> None:
+    def __init__(self, reader: Reader, trail: AuditTrail, ehr: Ehr | None = None) -> None:
         self._reader = reader
         self._trail = trail
+        self._ehr = ehr
         study: sa.FromClause = Study.__table__  # type: ignore[attr-defined]
         self._statement = reader.prepare(
             sa.select(*study_columns(_CALLER))
@@ -217,7 +310,8 @@ class StudyGate:
         """The access, on record.
 
         Raises NotFound, in the same words and after the same work, for a study that isn't there
-        and for one that isn't the caller's; Denial where no role of theirs knows the action.
+        and for one that isn't the caller's (the record has the true reason); Denial where no role
+        of theirs knows the action, or no scope covers it; EhrUnavailable.
         """
         entry = Entry(
             action=action,
@@ -226,20 +320,27 @@ class StudyGate:
             actor=principal.sub,
             actor_roles=principal.roles_text,
         )
-        if decide(principal, action).reason is Reason.ROLE:
-            await self._trail.record(replace(entry, reason=Reason.ROLE.value))
-            raise Denial(Reason.ROLE)
+        asked = may_ask(principal, action)
+        if asked.reason is not None:
+            await self._trail.record(replace(entry, reason=asked.reason.value))
+            raise Denial(asked.reason)
         values = parameters(study_uid, series_uid, sop_uid, utcnow())
-        row = await self._reader.first(
-            self._statement, {**values, "sub": principal.sub, "site": principal.site}
-        )
-        access = None if row is None else study_access(principal, action, row)
-        if access is None:
-            known = {} if row is None else {"patient_id": row[0], "study_instance_uid": row[1]}
-            reason = "unknown" if row is None else Reason.NO_RELATIONSHIP.value
-            detail = {"requested": study_uid} if row is None else {}
-            await self._trail.record(replace(entry, reason=reason, detail=detail, **known))
+        row = await self._reader.first(self._statement, {**values, **_caller_values(principal)})
+        if row is None:
+            await self._trail.record(
+                replace(entry, reason="unknown", detail={"requested": study_uid})
+            )
             raise NotFound(NO_SUCH_STUDY)
+        decision, question = study_decision(principal, action, row)
+        decision = await narrow(self._ehr, decision, question)
+        if decision.reason is not None:
+            about = replace(entry, patient_id=row[0], study_instance_uid=row[1])
+            await self._trail.record(replace(about, reason=decision.reason.value))
+            if decision.reason is Reason.EHR_UNAVAILABLE:
+                raise EhrUnavailable(EHR_SILENT)
+            raise NotFound(NO_SUCH_STUDY)
+        question = replace(question, purpose_of_use=decision.purpose_of_use)
+        access = _sealed(principal, row, question)
         await self._record(
             replace(
                 entry,

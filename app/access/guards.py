@@ -18,13 +18,16 @@ from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Annotated, Any, ClassVar
+from uuid import UUID
 
 from fastapi import Depends, Request
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 
-from app.access.gate import Gate, PatientAccess, RoleAccess, Subject, VisiblePatients, entry_of
+from app.access.gate import Gate, PatientAccess, RoleAccess, Subject, entry_of
 from app.access.glance import NO_SUCH_STUDY, StudyAccess, StudyGate
 from app.access.policy import visible
+from app.access.window import VisiblePatients
+from app.aliases import refuse_retired
 from app.audit import Action, Entry, Origin, Outcome
 from app.db import utcnow
 from app.errors import NotFound, Unauthenticated, Unprocessable
@@ -87,14 +90,15 @@ async def current_principal(
     request: Request,
     credentials: Annotated[HTTPAuthorizationCredentials | None, Depends(_bearer)],
 ) -> Principal:
-    """The caller behind the bearer token. Raises Unauthenticated, which is recorded."""
+    """The caller behind the bearer token. Raises Unauthenticated, which is recorded, and
+    TooManyRequests after too many of those."""
     gate: Gate = request.app.state.gate
     try:
         if credentials is None:
             raise Unauthenticated("Send a bearer token: `Authorization: Bearer <token>`.")
         return await gate.verifier.principal(credentials.credentials)
     except Unauthenticated as error:
-        await gate.trail.record(
+        await gate.failed_tries.record(
             Entry(
                 action=Action.SIGN_IN,
                 outcome=Outcome.DENIED,
@@ -156,6 +160,8 @@ class Grant(Guard):
             )
             grants.append(access.entry(Outcome.GRANTED))
             refuse_ignored_parameters(request)
+            if self.of is Subject.PATIENT and request.method not in ("GET", "HEAD"):
+                refuse_retired(access.patient, UUID(request.path_params[self.of.value]))
             yield access
 
     async def before_body(self, request: Request) -> None:
@@ -167,20 +173,38 @@ class Grant(Guard):
 
 class Caller(Guard):
     """The caller's role knows `action`. With `patient_in_body`, the handler `admit`s the patient
-    and that is the record; otherwise the role's grant is."""
+    and that is the record; otherwise the role's grant is, with what was asked.
 
-    def __init__(self, action: Action, *, patient_in_body: bool = False) -> None:
+    `parses_query`: the handler reads the query itself, and refuses what it does not know."""
+
+    def __init__(
+        self, action: Action, *, patient_in_body: bool = False, parses_query: bool = False
+    ) -> None:
         self.action = action
         self.patient_in_body = patient_in_body
+        self.parses_query = parses_query
+
+    def asked(self, request: Request) -> dict[str, Any]:
+        """What the record says of the request: a parameter that was repeated is a list."""
+        query = request.query_params
+        given = {name: query.getlist(name) for name in query}
+        said = {name: each[0] if len(each) == 1 else each for name, each in given.items()}
+        return {"query": said} if said else {}
 
     async def __call__(self, request: Request, principal: Signed) -> AsyncIterator[RoleAccess]:
         gate: Gate = request.app.state.gate
         origin = origin_of(request)
+        alone = not self.patient_in_body
         entry = entry_of(principal, self.action, origin)
-        await gate.role_check(principal, entry, record_grant=not self.patient_in_body)
-        grants: list[Entry] = [] if self.patient_in_body else [entry]
+        if alone:
+            entry = replace(entry, detail=self.asked(request))
+        await gate.role_check(principal, entry, record_grant=False, of_no_patient=alone)
+        grants: list[Entry] = []
         async with gate.transaction(grants, unread=entry) as session:
-            refuse_ignored_parameters(request)
+            if alone:
+                grants.append(await gate.grant(session, entry))
+            if not self.parses_query:
+                refuse_ignored_parameters(request)
             yield RoleAccess(session, principal, self.action, origin, gate, grants)
 
     async def before_body(self, request: Request) -> None:
@@ -258,8 +282,9 @@ class Visible(Guard):
         async with gate.transaction([entry]) as session:
             if not self.parses_query:
                 refuse_ignored_parameters(request)
-            condition = visible(principal, self.action, utcnow())
-            yield VisiblePatients(session, principal, self.action, origin, gate, condition)
+            now = utcnow()
+            condition = visible(principal, self.action, now)
+            yield VisiblePatients(session, principal, self.action, origin, gate, condition, now)
 
     def describe(self) -> dict[str, str]:
         return {"guard": "visible-patients", "action": self.action.value}

@@ -3,6 +3,11 @@
 `decide` is pure. The facts it needs about a patient are relations; `clauses` says in SQL when
 each holds, and serves both one patient ("does it hold?") and lists ("for whom does it hold?"),
 so that a list can never show more than a single request would.
+
+Four limits follow each other, and none can be made up for by another: a role that knows the action,
+the token's own limits (scopes, the patient in context), a tie between caller and patient, and the
+patient's restriction. What the EHR says (`app.access.ehr`) can take a right away and give none.
+docs/policy.md has the whole of it for people to read, and a test holds the two together.
 """
 
 from collections.abc import Iterable, Mapping
@@ -14,8 +19,9 @@ from typing import Any, Protocol
 import sqlalchemy as sa
 from sqlmodel import col
 
+from app.access.scopes import covers
 from app.audit import Action
-from app.identity import Principal, Role
+from app.identity import PatientContext, Principal, Role
 from app.models import (
     BrokenGlass,
     CareTeamMember,
@@ -34,12 +40,15 @@ class Relation(StrEnum):
     """What stands between a caller and a patient. An order that was cancelled ties nobody.
 
     `ADMITTED` ties nobody by itself; without it no tie holds, unless the glass was broken.
+    `IN_CONTEXT` ties nobody either; it is asked for where the token is limited to one patient.
+    The performing physician of an order is a name, not somebody who signs in, and ties nobody.
     """
 
     ADMITTED = "the patient is not restricted, or the caller is named among those admitted"
     ATTENDS = "attends an order of the patient"
     BROKE_GLASS = "broke the glass for the patient"
     CARE_TEAM = "is on the patient's care team"
+    IN_CONTEXT = "the token is limited to no patient, or to this one"
     REQUESTED = "requested an order of the patient"
     SITE_IMAGING = "the patient has an imaging order at the caller's site"
     SITE_SCHEDULED = "the patient has an imaging order under way at the caller's site"
@@ -49,9 +58,13 @@ class Relation(StrEnum):
 class Reason(StrEnum):
     """Why not. The words a denial is recorded and explained with."""
 
+    EHR = "ehr"
+    EHR_UNAVAILABLE = "ehr-unavailable"
     NO_RELATIONSHIP = "no-relationship"
+    OUT_OF_CONTEXT = "out-of-context"
     RESTRICTED = "restricted"
     ROLE = "role"
+    SCOPE = "scope"
 
 
 BREAK_THE_GLASS = "BTG"
@@ -96,7 +109,11 @@ POLICY: Mapping[Role, Mapping[Action, frozenset[Relation]]] = {
     },
     Role.RADIOLOGIST: {
         Action.ACCESS_EXPLAIN: ANY_PATIENT,
+        Action.ARRIVAL_LIST: READS,
         Action.GLASS_BREAK: ANY_PATIENT,
+        Action.IMPORT_CANCEL: ANY_PATIENT,
+        Action.IMPORT_READ: ANY_PATIENT,
+        Action.IMPORT_WRITE: ANY_PATIENT,
         Action.SESSION_LIST: ANY_PATIENT,
         Action.SESSION_REVOKE: ANY_PATIENT,
         Action.SIGN_OUT: ANY_PATIENT,
@@ -110,12 +127,17 @@ POLICY: Mapping[Role, Mapping[Action, frozenset[Relation]]] = {
         Action.STUDY_VIEW: READS,
         Action.STUDY_UPLOAD: WRITES,
         Action.STUDY_COERCE: WRITES,
+        Action.STUDY_LINK: WRITES,
         Action.STUDY_DELETE: WRITES,
         Action.TAGS_READ: ANY_PATIENT,
         Action.TAGS_MODIFY: ANY_PATIENT,
     },
     Role.TECHNOLOGIST: {
         Action.ACCESS_EXPLAIN: ANY_PATIENT,
+        Action.ARRIVAL_LIST: WORKS_ON,
+        Action.IMPORT_CANCEL: ANY_PATIENT,
+        Action.IMPORT_READ: ANY_PATIENT,
+        Action.IMPORT_WRITE: ANY_PATIENT,
         Action.SESSION_LIST: ANY_PATIENT,
         Action.SESSION_REVOKE: ANY_PATIENT,
         Action.SIGN_OUT: ANY_PATIENT,
@@ -129,6 +151,7 @@ POLICY: Mapping[Role, Mapping[Action, frozenset[Relation]]] = {
         Action.STUDY_VIEW: WORKS_ON,
         Action.STUDY_UPLOAD: WRITES,
         Action.STUDY_COERCE: WRITES,
+        Action.STUDY_LINK: WRITES,
         Action.TAGS_READ: ANY_PATIENT,
         Action.TAGS_MODIFY: ANY_PATIENT,
     },
@@ -137,12 +160,17 @@ POLICY: Mapping[Role, Mapping[Action, frozenset[Relation]]] = {
         Action.ACCESS_REPORT: ANY_PATIENT,
         Action.RESTRICTION_READ: ANY_PATIENT,
         Action.RESTRICTION_WRITE: ANY_PATIENT,
+        Action.IMPORT_CANCEL: ANY_PATIENT,
+        Action.IMPORT_READ: ANY_PATIENT,
+        Action.IMPORT_WRITE: ANY_PATIENT,
         Action.SESSION_LIST: ANY_PATIENT,
         Action.SESSION_REVOKE: ANY_PATIENT,
         Action.SIGN_OUT: ANY_PATIENT,
         Action.PATIENT_CREATE: ANY_PATIENT,
         Action.PATIENT_LIST: ANY_PATIENT,
+        Action.PATIENT_MERGE: ANY_PATIENT,
         Action.PATIENT_READ: ANY_PATIENT,
+        Action.PATIENT_WRITE: ANY_PATIENT,
         Action.CARE_TEAM_READ: ANY_PATIENT,
         Action.CARE_TEAM_WRITE: ANY_PATIENT,
         Action.ORDER_CREATE: ANY_PATIENT,
@@ -153,11 +181,14 @@ POLICY: Mapping[Role, Mapping[Action, frozenset[Relation]]] = {
         Action.STUDY_READ: ANY_PATIENT,
         Action.STUDY_RETRIEVE: ANY_PATIENT,
         Action.STUDY_VIEW: ANY_PATIENT,
+        Action.STUDY_LINK: ANY_PATIENT,
         Action.STUDY_UPLOAD: ANY_PATIENT,
         Action.STUDY_DELETE: ANY_PATIENT,
         Action.TAGS_READ: ANY_PATIENT,
     },
     Role.ADMIN: {
+        Action.IMPORT_CANCEL: ANY_PATIENT,
+        Action.IMPORT_READ: ANY_PATIENT,
         Action.SESSION_LIST: ANY_PATIENT,
         Action.SESSION_REVOKE: ANY_PATIENT,
         Action.STATISTICS_READ: ANY_PATIENT,
@@ -179,23 +210,49 @@ def sufficing(principal: Principal, action: Action) -> list[frozenset[Relation]]
     ]
 
 
+OF_NO_PATIENT = frozenset({Action.SIGN_OUT, Action.TAGS_MODIFY, Action.TAGS_READ})
+"""What a token for one patient is good for beside that patient: a file of the caller's own."""
+
+
+def may_ask(principal: Principal, action: Action) -> Decision:
+    """Before it is looked at whom it is about: does a role of the caller know the action, and do
+    the token's scopes cover it?"""
+    if not sufficing(principal, action):
+        return Decision(allowed=False, reason=Reason.ROLE)
+    if not covers(principal, action):
+        return Decision(allowed=False, reason=Reason.SCOPE)
+    return Decision(allowed=True)
+
+
+def decide_of_no_patient(principal: Principal, action: Action) -> Decision:
+    """May this caller do this, which is about no single patient?"""
+    asked = may_ask(principal, action)
+    if asked.allowed and principal.patient is not None and action not in OF_NO_PATIENT:
+        return Decision(allowed=False, reason=Reason.OUT_OF_CONTEXT)
+    return asked
+
+
 def decide(principal: Principal, action: Action, relations: Iterable[Relation] = ()) -> Decision:
     """May this caller do this, tied to the patient by these relations?"""
-    ways = sufficing(principal, action)
-    if not ways:
-        return Decision(allowed=False, reason=Reason.ROLE)
+    asked = may_ask(principal, action)
+    if not asked.allowed:
+        return asked
     held = frozenset(relations)
+    if principal.patient is not None and Relation.IN_CONTEXT not in held:
+        return Decision(allowed=False, reason=Reason.OUT_OF_CONTEXT)
+    ways = sufficing(principal, action)
     if ANY_PATIENT in ways:
         return Decision(allowed=True)
     by = held & frozenset().union(*ways)
     if not by:
         return Decision(allowed=False, reason=Reason.NO_RELATIONSHIP)
-    broke = held & {Relation.BROKE_GLASS}
     if Relation.ADMITTED not in held:
-        if not broke:
+        # A broken glass opens what it would open by itself: to read, never to change.
+        if Relation.BROKE_GLASS not in by:
             return Decision(allowed=False, reason=Reason.RESTRICTED)
-        return Decision(allowed=True, by=by | broke, purpose_of_use=BREAK_THE_GLASS)
-    return Decision(allowed=True, by=by, purpose_of_use=BREAK_THE_GLASS if by == broke else "")
+        return Decision(allowed=True, by=by, purpose_of_use=BREAK_THE_GLASS)
+    alone = by == {Relation.BROKE_GLASS}
+    return Decision(allowed=True, by=by, purpose_of_use=BREAK_THE_GLASS if alone else "")
 
 
 class Tied(Protocol):
@@ -205,6 +262,8 @@ class Tied(Protocol):
     def sub(self) -> Any: ...
     @property
     def site(self) -> Any: ...
+    @property
+    def patient(self) -> PatientContext | sa.ColumnElement[bool] | None: ...
 
 
 def clauses(
@@ -261,6 +320,7 @@ def clauses(
     return {
         Relation.ADMITTED: sa.or_(sa.not_(restricted.exists()), named.exists()),
         Relation.BROKE_GLASS: broke_glass.exists(),
+        Relation.IN_CONTEXT: _in_context(caller.patient),
         Relation.REQUESTED: live_order.where(col(Order.requested_by) == caller.sub).exists(),
         Relation.ATTENDS: live_order.where(col(Order.attending) == caller.sub).exists(),
         Relation.CARE_TEAM: member.exists(),
@@ -269,17 +329,39 @@ def clauses(
             sa.or_(
                 col(Order.status) == OrderStatus.SCHEDULED,
                 col(Order.status) == OrderStatus.IN_PROGRESS,
+                col(Order.status) == OrderStatus.ARRIVING,
             )
         ).exists(),
         Relation.UPLOADED: uploaded.exists(),
     }
 
 
+def _in_context(
+    context: PatientContext | sa.ColumnElement[bool] | None,
+) -> sa.ColumnElement[bool]:
+    """Is the row of `Patient` the one in context? Without a context, each is."""
+    if context is None:
+        return sa.true()
+    if isinstance(context, sa.ColumnElement):
+        return context
+    if context.patient_id is not None:
+        return col(Patient.id) == context.patient_id
+    if not context.mrn:
+        return sa.false()
+    return sa.and_(col(Patient.mrn) == context.mrn, col(Patient.mrn_issuer) == context.mrn_issuer)
+
+
 def visible(principal: Principal, action: Action, now: datetime) -> sa.ColumnElement[bool]:
     """For which rows of `Patient` would `decide` say yes?"""
+    if not may_ask(principal, action).allowed:
+        return sa.false()
     ways = sufficing(principal, action)
-    if ANY_PATIENT in ways:
-        return sa.true()
     holds = clauses(principal, now)
-    tied = sa.or_(sa.false(), *(holds[each] for each in sorted(frozenset().union(*ways))))
-    return sa.and_(tied, sa.or_(holds[Relation.ADMITTED], holds[Relation.BROKE_GLASS]))
+    if ANY_PATIENT in ways:
+        return holds[Relation.IN_CONTEXT]
+    suffices = frozenset().union(*ways)
+    tied = sa.or_(*(holds[each] for each in sorted(suffices)))
+    admitted = [holds[Relation.ADMITTED]]
+    if Relation.BROKE_GLASS in suffices:
+        admitted.append(holds[Relation.BROKE_GLASS])
+    return sa.and_(holds[Relation.IN_CONTEXT], tied, sa.or_(*admitted))

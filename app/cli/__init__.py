@@ -1,18 +1,21 @@
 """The command line: `python -m app --help`."""
 
 import asyncio
-import logging
 import os
 import tempfile
-from typing import Annotated, NoReturn, TypeVar
+from typing import Annotated
 
 import typer
 import uvicorn
-from pydantic import ValidationError
 from rich.console import Console
 from sqlalchemy.engine import make_url
 from sqlalchemy.exc import SQLAlchemyError
 
+from app import logs
+from app.audit.signing import Signer
+from app.cli import audit, imports, notifications, worklist
+from app.cli.common import fail as _fail
+from app.cli.common import read_settings as _settings
 from app.db import Database
 from app.db import migrate as migrate_database
 from app.demo.run import kept_jwt_secret, run_demo
@@ -22,8 +25,6 @@ from app.identity import Role, issue_token
 from app.main import create_app
 from app.settings import DatabaseSettings, IdentitySettings, Settings
 
-Kind = TypeVar("Kind", DatabaseSettings, IdentitySettings, Settings)
-
 cli = typer.Typer(
     help="Lightbox: the imaging adapter of an EHR. Settings are read from LIGHTBOX_... "
     "environment variables; docs/configuration.md lists them.",
@@ -31,6 +32,10 @@ cli = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+cli.add_typer(audit.cli, name="audit")
+cli.add_typer(notifications.cli, name="notifications")
+cli.add_typer(worklist.cli, name="worklist")
+cli.command("import")(imports.import_files)
 
 
 def main() -> None:
@@ -49,17 +54,13 @@ def serve(
     """Run the application. The edge (nginx) stands in front of it."""
     settings = _settings(Settings)
     _refuse_unfit(settings)
-    logging.basicConfig(
-        level=settings.log_level, format="%(asctime)s %(levelname)s %(name)s %(message)s"
-    )
-    # httpx names whole URLs at INFO; ours hold UIDs.
-    logging.getLogger("httpx").setLevel(logging.WARNING)
+    logs.configure(settings.log_level, settings.log_format)
     tempfile.tempdir = str(settings.spool_dir)  # where multipart files spill over to
     uvicorn.run(
         create_app(settings),
         host=host,
         port=port,
-        access_log=False,  # the edge logs requests, without their queries
+        access_log=False,  # app.problems logs requests, without their addresses
         proxy_headers=True,
         forwarded_allow_ips=trusted_edge,
         server_header=False,
@@ -113,7 +114,13 @@ def demo() -> None:
 
 
 def _refuse_unfit(settings: Settings) -> None:
-    """End with a sentence where the database is not there, not migrated, or not safe to use."""
+    """End with a sentence where the database is not there, not migrated, not safe to use,
+    or the trail's key can't be read."""
+    try:
+        if settings.audit_key_file is not None:
+            Signer.from_file(settings.audit_key_file)
+    except ValueError as error:
+        _fail(f"LIGHTBOX_AUDIT_KEY_FILE: {error}")
 
     async def verify() -> None:
         database = Database(settings.database_url)
@@ -129,21 +136,3 @@ def _refuse_unfit(settings: Settings) -> None:
         _fail("The database does not answer; check LIGHTBOX_DATABASE_URL.")
     except (RuntimeError, SQLAlchemyError) as error:
         _fail(str(error).splitlines()[0])
-
-
-def _settings(kind: type[Kind]) -> Kind:
-    try:
-        return kind()  # read from the environment
-    except ValidationError as error:
-        lines = [
-            f"  LIGHTBOX_{'_'.join(str(part) for part in each['loc']).upper()}: {each['msg']}"
-            if each["loc"]
-            else f"  {each['msg'].removeprefix('Value error, ')}"
-            for each in error.errors()
-        ]
-        _fail("The configuration is not complete:\n" + "\n".join(lines))
-
-
-def _fail(sentence: str) -> NoReturn:
-    typer.echo(sentence, err=True)
-    raise typer.Exit(1)

@@ -13,7 +13,7 @@ import signal
 import sys
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -25,10 +25,12 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Table
 
+from app.audit.signing import make_key
 from app.db import migrate
 from app.demo.ohif import ensure_ohif
 from app.demo.seed import CLINICIAN, OTHER_CLINICIAN, WHO, Seeder
 from app.demo.stack import (
+    LOOPBACK,
     REPOSITORY,
     AppServer,
     Edge,
@@ -42,6 +44,7 @@ from app.identity import Role, issue_token
 from app.settings import Settings
 
 TOKEN_MINUTES = 12 * 60
+MODALITY = "MODALITY"  # the AE title that may ask for the worklist and send, from this machine
 LINK_SECONDS = 60 * 60  # a person reads the terminal first; the real default is a minute
 
 
@@ -130,6 +133,7 @@ class _Demo:
             password=self._kept["orthanc_password"],
             http_port=ports.orthanc,
             dicom_port=ports.dicom,
+            modalities={MODALITY: LOOPBACK},
         )
         spool = state / "spool"
         spool.mkdir(mode=0o700, exist_ok=True)
@@ -143,6 +147,9 @@ class _Demo:
             jwt_secret=SecretStr(self._kept["jwt_secret"]),
             launch_code_seconds=LINK_SECONDS,
             spool_dir=spool,
+            audit_key_file=_kept_audit_key(state),
+            audit_checkpoint_file=state / "audit-checkpoints.jsonl",
+            worklist_dir=self._orthanc.worklist_dir,
         )
         self._tokens = {
             name: issue_token(self._settings, sub, [Role(role)], TOKEN_MINUTES)
@@ -305,6 +312,14 @@ def _kept_secrets(state: Path) -> dict[str, str]:
         return {name: str(kept[name]) for name in ("jwt_secret", "orthanc_password")}
     except (ValueError, KeyError, TypeError) as error:
         raise SetupError(f"{path} can't be read; remove {state} to start afresh.") from error
+
+
+def _kept_audit_key(state: Path) -> Path:
+    """The key that signs the trail's checkpoints: made at the first start."""
+    path = state / "audit-key.pem"
+    with suppress(FileExistsError):
+        make_key(path)
+    return path
 
 
 @contextmanager

@@ -13,6 +13,7 @@ What cannot be set up is a `SetupError`, whose text is one sentence for the pers
 
 import base64
 import ctypes
+import json
 import os
 import re
 import shutil
@@ -101,6 +102,12 @@ def find_dicomweb_plugin() -> Path:
     raise SetupError(
         "Orthanc's DICOMweb plugin is not installed; on Debian: apt install orthanc-dicomweb."
     )
+
+
+def find_worklist_plugin() -> Path | None:
+    """Path of Orthanc's worklist plugin; None where it is not installed."""
+    found = (folder / "libModalityWorklists.so" for folder in _PLUGIN_FOLDERS)
+    return next((plugin for plugin in found if plugin.exists()), None)
 
 
 def _dies_with_parent(death_signal: signal.Signals) -> Callable[[], None]:
@@ -256,7 +263,9 @@ class OrthancServer(Server):
 
     A port of 0 means a free one; a `dicom_port` of None means no DICOM server. Orthanc before
     1.12.10 cannot bind its ports to one address: it refuses HTTP callers from elsewhere, and
-    DICOM callers that are not in its configuration.
+    DICOM callers that are not in its configuration. `modalities` are those that are, AE title to
+    address: they may send images and ask for the worklist, which is in `worklist_dir`, and
+    nothing else. `encoding` is what Orthanc answers in.
     """
 
     name = "Orthanc"
@@ -270,8 +279,13 @@ class OrthancServer(Server):
         password: str,
         http_port: int = 0,
         dicom_port: int | None = 0,
+        modalities: Mapping[str, str] | None = None,
+        encoding: str = "Latin1",
     ) -> None:
         super().__init__(state_dir)
+        self.modalities = dict(modalities or {})
+        self.encoding = encoding
+        self.worklist_dir = self.state_dir / "worklist"
         for what, value in (("user name", username), ("password", password)):
             if re.fullmatch(r"[!#-\[\]-~]+", value) is None or "$" in value or ":" in username:
                 raise SetupError(
@@ -301,6 +315,8 @@ class OrthancServer(Server):
             require_free_port(self.dicom_port, "LIGHTBOX_DICOM_PORT")
         storage = self.state_dir / "storage"
         storage.mkdir(exist_ok=True, mode=0o700)
+        self.worklist_dir.mkdir(exist_ok=True, mode=0o700)
+        worklist_plugin = find_worklist_plugin()
         environment = {
             **os.environ,
             "LIGHTBOX_ORTHANC_STORAGE": str(storage),
@@ -312,8 +328,25 @@ class OrthancServer(Server):
             "LIGHTBOX_ORTHANC_REMOTE": "false",
             "LIGHTBOX_ORTHANC_DICOM_ENABLED": "false" if self.dicom_port is None else "true",
             "LIGHTBOX_ORTHANC_DICOM_PORT": str(self.dicom_port or 4242),
+            "LIGHTBOX_ORTHANC_MODALITIES": self._modalities(),
+            "LIGHTBOX_ORTHANC_ENCODING": self.encoding,
+            "LIGHTBOX_ORTHANC_MORE_PLUGINS": f', "{worklist_plugin}"' if worklist_plugin else "",
+            "LIGHTBOX_ORTHANC_WORKLIST_DIR": str(self.worklist_dir),
         }
         return [program, ORTHANC_CONFIGURATION], environment
+
+    def _modalities(self) -> str:
+        """The members of DicomModalities: Orthanc allows what is not forbidden."""
+        forbidden = ("Find", "Get", "Move", "NAction", "NEventReport", "StorageCommitment")
+        rights = {
+            **{f"Allow{what}": True for what in ("Echo", "FindWorklist", "Store")},
+            **{f"Allow{what}": False for what in forbidden},
+        }
+        entries = {
+            title: {"AET": title, "Host": host, "Port": 104, **rights}
+            for title, host in self.modalities.items()
+        }
+        return json.dumps(entries)[1:-1]
 
     def _answers(self, client: httpx.Client) -> bool:
         answer = client.get(f"{self.url}/system", headers={"Authorization": self.authorization})

@@ -203,7 +203,7 @@ class Metadata:
         return Packed(stamp, body)
 
     async def _keep(self, study: Known, series_uid: str, stamp: str, body: bytes) -> None:
-        async with self._database.writing(), self._database.session() as session:
+        async with self._database.writing_session() as session:
             await session.exec(
                 sa.delete(SeriesMetadata).where(
                     col(SeriesMetadata.series_instance_uid) == series_uid

@@ -133,10 +133,10 @@ def _checked(keyword: str, value: str) -> str:
 
 async def visible_studies(window: VisiblePatients, search: Search) -> tuple[Found, set[UUID]]:
     """The studies of visible patients that match, newest first; and whose they are."""
-    query = (
+    query = await window.only(
         sa.select(col(Study.patient_id), *_study_columns(_dialect(window.session)))
         .join(Patient, col(Patient.id) == col(Study.patient_id))
-        .where(window.condition, *_conditions(window.session, search))
+        .where(*_conditions(window.session, search))
     )
     page = query.order_by(col(Study.study_date).desc(), col(Study.study_instance_uid))
     connection = await window.session.connection()

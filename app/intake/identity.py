@@ -4,7 +4,7 @@ Pure: from a header and an access to differences, to a refusal that shows both s
 changes that make the file the patient's.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -37,7 +37,13 @@ PatientID is coerced."""
 
 
 def differences(
-    access: PatientAccess, header: Header, *, authority: str, ambiguous: bool, fill: bool
+    access: PatientAccess,
+    header: Header,
+    *,
+    authority: str,
+    ambiguous: bool,
+    fill: bool,
+    former: Sequence[PatientIdentifier] = (),
 ) -> dict[str, dict[str, str]]:
     """Where the file's identifiers contradict the patient's and the order's.
 
@@ -45,15 +51,20 @@ def differences(
     file without issuer has the site's own `authority`; where there is none it agrees, unless the
     number is `ambiguous`, known under another issuer too. The demographics that go with an
     identifier differ with it; alone they are only warned about. `fill` counts an absent accession
-    number as a difference.
+    number as a difference. `former` are the identifiers of those who were merged into the patient:
+    a file under one of them is the patient's.
     """
     patient, order, theirs = access.patient, access.order, header.patient
     issuer = (theirs.issuer if theirs else "") or authority
-    # A patient registered without issuer is of the site's own authority, too.
-    ours = patient.mrn_issuer or authority
-    agrees = issuer == ours or (not issuer and not ambiguous)
+
+    def agrees(mrn: str, mrn_issuer: str) -> bool:
+        # A patient registered without issuer is of the site's own authority, too.
+        same = issuer == (mrn_issuer or authority) or (not issuer and not ambiguous)
+        return theirs is not None and theirs.value == mrn and same
+
+    known = [(patient.mrn, patient.mrn_issuer), *((each.value, each.issuer) for each in former)]
     pairs: dict[str, tuple[str, str]] = {}
-    if theirs is None or theirs.value != patient.mrn or not agrees:
+    if not any(agrees(*each) for each in known):
         name = person_name(patient.last_name, patient.first_name)
         pairs = {
             "PatientID": (theirs.value if theirs else "", patient.mrn),

@@ -3,14 +3,17 @@
 import json
 from typing import Any
 
-from sqlmodel import select
+from sqlmodel import col, select
 
+from app import journal
 from app.access import PatientAccess
+from app.aliases import retired_into
 from app.db import insert_if_absent
-from app.dicom import Described, Header
+from app.dicom import Described, Header, PatientIdentifier
 from app.errors import Conflict
 from app.intake.identity import Differences
 from app.models import Instance, Order, OrderStudy, Patient, Series, Study, folded, new_generation
+from app.orderlife import images_changed, orders_of
 from app.orthanc import Stored
 
 
@@ -19,10 +22,20 @@ def patient_id_of(header: Header) -> str:
     return header.patient.value if header.patient else ""
 
 
+async def former_identifiers(access: PatientAccess) -> list[PatientIdentifier]:
+    """Of those who were merged into the access's patient."""
+    retired = await retired_into(access.session, access.patient.id)
+    return [PatientIdentifier(each.mrn, each.mrn_issuer) for each in retired]
+
+
 async def is_ambiguous(access: PatientAccess) -> bool:
-    """Is the patient's number also somebody else's, by another issuer?"""
+    """Is one of the patient's numbers also somebody else's, by another issuer?"""
     patient = access.patient
-    others = select(Patient.id).where(Patient.mrn == patient.mrn, Patient.id != patient.id)
+    same = [patient, *await retired_into(access.session, patient.id)]
+    others = select(Patient.id).where(
+        col(Patient.mrn).in_([each.mrn for each in same]),
+        col(Patient.id).not_in([each.id for each in same]),
+    )
     return (await access.session.exec(others.limit(1))).first() is not None
 
 
@@ -81,7 +94,58 @@ async def link(
     described: Described,
 ) -> None:
     """Write study, series, instance, link and record. Raises Conflict if another was faster."""
+    uid = header.study_instance_uid
+    await keep(access, header, stored, digest, described)
+    await answer_order(access, uid)
+    # It may have been linked to other orders before.
+    moved = await images_changed(
+        access.session, await orders_of(access.session, uid), complete=False
+    )
+    detail: dict[str, Any] = {
+        "sop_instance_uid": header.sop_instance_uid,
+        "received_sha256": digest,
+        "duplicate": not stored.new,
+    }
+    if differences and stored.new:
+        detail["coerced"] = differences
+    if moved:
+        detail["order_status"] = {str(each.order_id): each.told for each in moved}
+    await access.done(study_instance_uid=uid, detail=detail)
+
+
+async def answer_order(access: PatientAccess, study_instance_uid: str) -> None:
+    """Link the study to the order that the access names, if it names one. Raises Conflict where
+    both are not the access's patient's."""
+    if access.order is None:
+        return
+    both = (
+        select(Order.id)
+        .join(Study, col(Study.patient_id) == col(Order.patient_id))
+        .where(
+            Order.id == access.order.id,
+            Order.patient_id == access.patient.id,
+            Study.study_instance_uid == study_instance_uid,
+        )
+    )
+    if (await access.session.exec(both)).first() is None:
+        raise Conflict("The study and the order are not of the same patient. Nothing was linked.")
+    await access.session.exec(
+        insert_if_absent(
+            access.session,
+            OrderStudy,
+            order_id=access.order.id,
+            study_instance_uid=study_instance_uid,
+            linked_by=access.principal.sub,
+        )
+    )
+
+
+async def keep(
+    access: PatientAccess, header: Header, stored: Stored, digest: str, described: Described
+) -> None:
+    """Write study, series and instance. Raises Conflict if another was faster."""
     session, uid = access.session, header.study_instance_uid
+    await journal.hold(session, stored.instance_id)
     await session.exec(
         insert_if_absent(
             session,
@@ -152,24 +216,6 @@ async def link(
             "The same UIDs were stored with other content, or for another patient or study, "
             "at the same moment. Nothing was kept of this file."
         )
-    if access.order is not None:
-        await session.exec(
-            insert_if_absent(
-                session,
-                OrderStudy,
-                order_id=access.order.id,
-                study_instance_uid=uid,
-                linked_by=access.principal.sub,
-            )
-        )
-    detail: dict[str, Any] = {
-        "sop_instance_uid": header.sop_instance_uid,
-        "received_sha256": digest,
-        "duplicate": not stored.new,
-    }
-    if differences and stored.new:
-        detail["coerced"] = differences
-    await access.done(study_instance_uid=uid, detail=detail)
 
 
 def _json(attributes: dict[str, Any]) -> str:

@@ -6,6 +6,7 @@ own, committed here (the named exception to "the edge commits"): if the link can
 what Orthanc newly stored is taken back.
 """
 
+import asyncio
 import hashlib
 import json
 import logging
@@ -19,8 +20,9 @@ import anyio.to_thread
 import sqlalchemy as sa
 from pydicom import Dataset
 from pydicom.datadict import tag_for_keyword
-from sqlmodel import col, select
+from sqlmodel import select
 
+from app import journal
 from app.access import Denial, PatientAccess, RoleAccess, Subject
 from app.audit import Action
 from app.dicom import (
@@ -34,11 +36,11 @@ from app.dicom import (
     rewrite,
     scan,
 )
-from app.errors import Conflict, LightboxError, NotFound, Unprocessable
+from app.errors import Conflict, LightboxError, NotFound, Unavailable, Unprocessable
 from app.intake import identity, records
 from app.intake.identity import Differences
 from app.intake.records import patient_id_of
-from app.models import Instance, OrderStatus, Patient
+from app.models import OrderStatus, Patient
 from app.orthanc import Orthanc, Stored, promptly
 from app.settings import Settings
 
@@ -96,7 +98,7 @@ class Intake:
         with await anyio.to_thread.run_sync(self.scan, file) as scanned:
             header = await anyio.to_thread.run_sync(read_header, file, scanned)
             described = await anyio.to_thread.run_sync(describe, file, scanned)
-            await anyio.to_thread.run_sync(_refuse_wide_big_endian, file, scanned)
+            await anyio.to_thread.run_sync(refuse_wide_big_endian, file, scanned)
             if target.study_instance_uid not in (None, header.study_instance_uid):
                 raise Conflict(
                     "The file is not of the study it was sent to: its StudyInstanceUID is another. "
@@ -109,6 +111,7 @@ class Intake:
                 authority=self._settings.assigning_authority,
                 ambiguous=await records.is_ambiguous(access),
                 fill=target.coerce,
+                former=await records.former_identifiers(access),
             )
             identity.refuse_other_issuer(access, header)
             if found and not target.coerce:
@@ -125,20 +128,29 @@ class Intake:
                         "elements and the pixels may still show the former one."
                     )
                 changes, header = identity.coercion(access, header, found)
-            digest = await anyio.to_thread.run_sync(_digest, file, "sha256")
+            digest = await anyio.to_thread.run_sync(digest_of, file, "sha256")
             known = await records.refuse_taken_uids(access, header, digest)
             if await records.planned_for_another_order(access, header.study_instance_uid):
                 warnings.append(
                     "The StudyInstanceUID was planned for another order of this patient."
                 )
             await access.release()
-            await self._refuse_other_owner(header)
-            if not found:
-                stored = await self._store(file, known=known)
-            else:
-                with TemporaryFile(dir=self._settings.spool_dir) as changed:
-                    await anyio.to_thread.run_sync(rewrite, file, changed, scanned, changes)
-                    stored = await self._store(changed, known=known)
+            ours = _orthanc_ids(header)[2]
+            there_before = await self._study_is_there(header) and (
+                known or await self._orthanc.holds_instance(ours)
+            )
+            await journal.will_store(caller.gate.database, access, ours, there_before=there_before)
+            try:
+                if not found:
+                    stored = await self._store(file, known=known)
+                else:
+                    with TemporaryFile(dir=self._settings.spool_dir) as changed:
+                        await anyio.to_thread.run_sync(rewrite, file, changed, scanned, changes)
+                        stored = await self._store(changed, known=known)
+            except (Unavailable, sa.exc.SQLAlchemyError, OSError, asyncio.CancelledError):
+                # It may be stored all the same, now or soon.
+                journal.leave(access, caller.gate.trail.unsettled)
+                raise
         if found and not stored.new:
             warnings = ["The archive keeps the file as it first came; nothing was rewritten."]
         try:
@@ -154,7 +166,7 @@ class Intake:
                 await access.session.commit()
         except BaseException as error:
             await access.session.rollback()
-            await self._take_back(access, stored)
+            await self._take_back(caller, access, stored)
             if isinstance(error, sa.exc.IntegrityError):
                 raise Conflict(
                     "The study was changed or deleted at the same moment. Nothing was kept "
@@ -177,7 +189,7 @@ class Intake:
         Raises Conflict where it has other bytes under the same UIDs, which it keeps, and which
         must not be shown as this file. (A `known` file may have been coerced when it first came.)
         """
-        md5 = await anyio.to_thread.run_sync(_digest, file, "md5")
+        md5 = await anyio.to_thread.run_sync(digest_of, file, "md5")
         size = await anyio.to_thread.run_sync(_rewind, file)
         stored = await self._orthanc.store(file, size)
         if stored.new or known:
@@ -221,49 +233,50 @@ class Intake:
             await caller.unknown({"PatientID": str(header.patient)})
         raise NotFound(f"No patient here has the file's PatientID {header.patient}. {unnamed}")
 
-    async def _refuse_other_owner(self, header: Header) -> None:
-        """One owner a UID, as far as the archive knows. Raises Conflict."""
+    async def _study_is_there(self, header: Header) -> bool:
+        """Does the archive hold the study? One owner a UID, as far as it knows: raises Conflict
+        where it holds it under another PatientID."""
         uid = header.study_instance_uid
-        ours = orthanc_id(patient_id_of(header), uid)
-        if any(owner != ours for owner in await self._orthanc.owners(uid)):
+        owners = await self._orthanc.owners(uid)
+        if any(owner != _orthanc_ids(header)[0] for owner in owners):
             raise Conflict(
                 "The image archive already holds this StudyInstanceUID under another PatientID. "
                 "Nothing was stored; a radiology administrator must decide whose it is."
             )
+        return bool(owners)
 
     def _check_ids(self, header: Header, stored: Stored) -> None:
         """Orthanc must have filed the instance where its identifiers say, or we don't link it."""
-        parts = [patient_id_of(header), header.study_instance_uid, header.series_instance_uid]
-        expected = (
-            orthanc_id(*parts[:2]),
-            orthanc_id(*parts),
-            orthanc_id(*parts, header.sop_instance_uid),
-        )
-        if (stored.study_id, stored.series_id, stored.instance_id) != expected:
+        if (stored.study_id, stored.series_id, stored.instance_id) != _orthanc_ids(header):
             raise Conflict(
                 "The image archive read other identifiers in this file than Lightbox did, so it "
                 "is not safe to keep. Nothing was stored."
             )
 
-    async def _take_back(self, access: PatientAccess, stored: Stored) -> None:
+    async def _take_back(self, caller: RoleAccess, access: PatientAccess, stored: Stored) -> None:
         """Undo a store whose link failed, unless somebody else linked the instance meanwhile."""
         if not stored.new:
             return
         with anyio.CancelScope(shield=True):
             try:
-                linked = await access.session.scalar(
-                    sa.select(sa.func.count())
-                    .select_from(Instance)
-                    .where(col(Instance.orthanc_id) == stored.instance_id)
-                )
-                if not linked:
-                    await self._orthanc.delete_instance(stored.instance_id)
+                await journal.take_back(caller.gate.database, self._orthanc, stored.instance_id)
             except (LightboxError, sa.exc.SQLAlchemyError):
-                # It stays in Orthanc, linked to nothing and so shown to nobody.
-                logger.error("instance %s could not be taken back", stored.instance_id)
+                # It is linked to nothing and so shown to nobody until it is taken back.
+                logger.error("instance %s could not be taken back yet", stored.instance_id)
+                journal.leave(access, caller.gate.trail.unsettled)
 
 
-def _refuse_wide_big_endian(file: BinaryIO, scanned: Scan) -> None:
+def _orthanc_ids(header: Header) -> tuple[str, str, str]:
+    """Of study, series and instance, as Orthanc makes them of the identifiers."""
+    parts = [patient_id_of(header), header.study_instance_uid, header.series_instance_uid]
+    return (
+        orthanc_id(*parts[:2]),
+        orthanc_id(*parts),
+        orthanc_id(*parts, header.sop_instance_uid),
+    )
+
+
+def refuse_wide_big_endian(file: BinaryIO, scanned: Scan) -> None:
     """Raises Unprocessable for big endian samples of more than 16 bits.
 
     Orthanc 1.10 hands them out with each 16 bits swapped instead of each sample: a
@@ -304,7 +317,7 @@ def _subject(access: PatientAccess) -> tuple[Subject, UUID]:
     return Subject.PATIENT, access.patient.id
 
 
-def _digest(file: BinaryIO, algorithm: str) -> str:
+def digest_of(file: BinaryIO, algorithm: str) -> str:
     """Of the whole file, in hexadecimal. MD5 only to compare with what Orthanc says."""
     file.seek(0)
     digest = hashlib.new(algorithm, usedforsecurity=False)

@@ -9,14 +9,19 @@ import sqlalchemy as sa
 from sqlmodel import Field, SQLModel
 
 from app.db import utcnow
-from app.models.columns import UtcDateTime
+from app.models.columns import EMPTY, UtcDateTime
 
 
 class OrderStatus(StrEnum):
-    """Where an order stands, as the EHR says."""
+    """Where an order stands: what the EHR says of it, and what arrived; see `app.orderlife`.
+
+    `arriving` and `available` (FHIR ImagingStudy.status) follow from images alone.
+    """
 
     SCHEDULED = "scheduled"
     IN_PROGRESS = "in-progress"
+    ARRIVING = "arriving"
+    AVAILABLE = "available"
     COMPLETED = "completed"
     CANCELLED = "cancelled"
 
@@ -28,6 +33,11 @@ _STATUS_TYPE: Any = sa.Enum(
     length=16,
     values_callable=lambda states: [each.value for each in states],
 )
+
+
+def _text(longest: int) -> Any:
+    """A column for text; empty in rows that were there before it."""
+    return Field(default="", max_length=longest, sa_column_kwargs=EMPTY)
 
 
 class Order(SQLModel, table=True):
@@ -44,15 +54,44 @@ class Order(SQLModel, table=True):
     order_category: str
     description: str = ""
     status: OrderStatus = Field(default=OrderStatus.SCHEDULED, sa_type=_STATUS_TYPE)
+    # What the EHR said last: where the order stands again once no images are linked any more.
+    ehr_status: str = Field(
+        default="scheduled", max_length=16, sa_column_kwargs={"server_default": "scheduled"}
+    )
     accession_number: str = Field(max_length=16)
     accession_issuer: str = Field(default="", max_length=64)
     planned_study_instance_uid: str = Field(max_length=64, unique=True)
-    scheduled_at: datetime | None = Field(default=None, sa_type=UtcDateTime)
+    scheduled_at: datetime | None = Field(default=None, sa_type=UtcDateTime, index=True)
     station_ae_title: str = Field(default="", max_length=16)
     requested_by: str | None = Field(default=None, max_length=255, index=True)
     attending: str | None = Field(default=None, max_length=255, index=True)
     site: str
-    created_at: datetime = Field(default_factory=utcnow, sa_type=UtcDateTime)
+    # What a modality's worklist says, under the limits of the attributes it becomes.
+    procedure_code: str = _text(16)
+    procedure_code_system: str = _text(16)
+    procedure_code_meaning: str = _text(64)
+    protocol_code: str = _text(16)
+    protocol_code_system: str = _text(16)
+    protocol_code_meaning: str = _text(64)
+    performing_physician: str = _text(64)  # PN, as are the two below
+    referring_physician: str = _text(64)
+    requesting_physician: str = _text(64)
+    procedure_location: str = _text(16)
+    patient_location: str = _text(64)
+    patient_state: str = _text(64)
+    medical_alerts: str = _text(64)
+    allergies: str = _text(64)
+    special_needs: str = _text(64)
+    patient_weight_kg: float | None = None
+    pregnancy_status: int | None = None  # (0010,21C0): 1 not, 2 possibly, 3 definitely, 4 unknown
+    # All its images are in the archive.
+    fulfilled_at: datetime | None = Field(default=None, sa_type=UtcDateTime)
+    # The EHR wants more images than those that had arrived by then.
+    reopened_at: datetime | None = Field(default=None, sa_type=UtcDateTime)
+    # First put on the worklist; why it can't be, for whoever may read the order.
+    worklist_published_at: datetime | None = Field(default=None, sa_type=UtcDateTime)
+    worklist_problem: str = _text(512)
+    created_at: datetime = Field(default_factory=utcnow, sa_type=UtcDateTime, index=True)
     updated_at: datetime = Field(default_factory=utcnow, sa_type=UtcDateTime)
 
 

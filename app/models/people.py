@@ -24,6 +24,35 @@ class Patient(SQLModel, table=True):
     dob: date
     sex: str = Field(default="", max_length=1)
     created_at: datetime = Field(default_factory=utcnow, sa_type=UtcDateTime)
+    # The patient whose this one's record is now; then nothing can be this one's any more.
+    merged_into: UUID | None = Field(default=None, foreign_key="patient.id", index=True)
+
+
+class PatientMerge(SQLModel, table=True):
+    """A patient's record was joined to another's (HL7 ADT^A40), until it is taken apart again."""
+
+    __tablename__ = "patient_merge"
+
+    id: UUID = Field(default_factory=uuid4, primary_key=True)
+    patient_id: UUID = Field(foreign_key="patient.id", index=True)  # the retired one
+    into_id: UUID = Field(foreign_key="patient.id", index=True)  # the surviving one
+    reason: str
+    merged_at: datetime = Field(default_factory=utcnow, sa_type=UtcDateTime)
+    merged_by: str = Field(max_length=255)
+    unmerged_at: datetime | None = Field(default=None, sa_type=UtcDateTime)
+    unmerged_by: str = Field(default="", max_length=255)
+    unmerge_reason: str = ""
+
+
+class MergedRow(SQLModel, table=True):
+    """Something that was the retired patient's before a merge; `detail` is JSON of how it was."""
+
+    __tablename__ = "merged_row"
+
+    merge_id: UUID = Field(primary_key=True, foreign_key="patient_merge.id")
+    kind: str = Field(primary_key=True, max_length=16)
+    key: str = Field(primary_key=True, max_length=255)
+    detail: str = "{}"
 
 
 class CareTeamMember(SQLModel, table=True):

@@ -13,7 +13,8 @@ from app.models.columns import EMPTY, UtcDateTime
 class AuditRecord(SQLModel, table=True):
     """One line of the trail; see `app.audit`. Insert and read only, held by triggers.
 
-    No foreign keys: the trail outlives what it speaks of.
+    No foreign keys: the trail outlives what it speaks of. The chain alone gives ids; a new column
+    has to be written into it (`app.audit.chain.COLUMNS`).
     """
 
     __tablename__ = "audit_record"
@@ -22,6 +23,7 @@ class AuditRecord(SQLModel, table=True):
         default=None,
         primary_key=True,
         sa_type=sa.BigInteger().with_variant(sa.Integer, "sqlite"),
+        sa_column_kwargs={"autoincrement": False},
     )
     at: datetime = Field(default_factory=utcnow, sa_type=UtcDateTime, index=True)
     request_id: str = Field(max_length=64, index=True)
@@ -38,7 +40,7 @@ class AuditRecord(SQLModel, table=True):
     detail: str = "{}"  # canonical JSON
     # HL7 v3 PurposeOfUse: `BTG` for what was done only because the glass was broken.
     purpose_of_use: str = Field(default="", max_length=16, sa_column_kwargs=EMPTY)
-    # Of the record before and this one's canonical text: see `app.audit`.
+    # Of the record before and this one's canonical text: see `app.audit.chain`.
     sha256: str = Field(default="", max_length=64, sa_column_kwargs=EMPTY)
 
 

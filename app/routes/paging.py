@@ -2,6 +2,7 @@
 
 import base64
 import binascii
+from datetime import UTC, datetime
 from typing import Annotated
 from urllib.parse import urlencode
 from uuid import UUID
@@ -32,6 +33,19 @@ def uuid_cursor(cursor: str) -> UUID:
     try:
         return UUID(read_cursor(cursor))
     except ValueError as error:
+        raise Unprocessable("`cursor` is not one that this API gave.") from error
+
+
+def time_cursor(cursor: str) -> tuple[datetime, str]:
+    """A cursor that is a time with its zone, a space, and what tells apart those of one moment.
+    The time is in UTC. Raises Unprocessable."""
+    at, _, key = read_cursor(cursor).partition(" ")
+    try:
+        moment = datetime.fromisoformat(at)
+        if moment.tzinfo is None:
+            raise ValueError("no zone")
+        return moment.astimezone(UTC), key
+    except (ValueError, OverflowError) as error:
         raise Unprocessable("`cursor` is not one that this API gave.") from error
 
 

@@ -4,16 +4,16 @@ from datetime import date, datetime
 from typing import Annotated, Any
 from uuid import UUID
 
-import sqlalchemy as sa
-from fastapi import Depends, Path, Query, Request, Response
+from fastapi import BackgroundTasks, Depends, Path, Query, Request, Response
 from pydantic import BaseModel
 
-from app import linking
+from app import deletion, linking
 from app.access import Grant, PatientAccess, Subject, Visible, VisiblePatients
 from app.audit import Action
-from app.errors import Conflict, Unprocessable
+from app.db import Database
+from app.errors import Unprocessable
 from app.linking import StudyFilter, StudySummary
-from app.orthanc import Orthanc, promptly
+from app.orthanc import Orthanc
 from app.routes.paging import Cursor, Limit, link_next, read_cursor
 from app.routing import AccessRouter
 from app.viewer import Viewer
@@ -173,6 +173,7 @@ async def delete_study(
     access: DeleteStudy,
     study_instance_uid: StudyUid,
     request: Request,
+    after: BackgroundTasks,
     reason: Annotated[str, Query(min_length=3, max_length=500, description="Why, for the record.")],
 ) -> Deleted:
     """Delete a study from the archive, with its links, for a reason.
@@ -182,29 +183,12 @@ async def delete_study(
     """
     viewer: Viewer = request.app.state.viewer
     orthanc: Orthanc = request.app.state.orthanc
+    database: Database = request.app.state.database
     assert access.study is not None
     if len(reason.strip()) < 3:
         raise Unprocessable("`reason` must say why the study is deleted.")
-    await access.release()
-    await orthanc.delete_study(access.study.orthanc_id)
-    ended = await viewer.end_study_sessions(access)
-    try:
-        gone = await linking.forget_study(access)
-    except sa.exc.IntegrityError as error:
-        raise Conflict("Images arrived at the same moment; delete the study again.") from error
-    # What an upload brought in meanwhile; one that comes later finds the study gone, and waits.
-    async with promptly():
-        await orthanc.delete_study(access.study.orthanc_id)
-    await access.done(
-        detail={
-            "reason": reason.strip(),
-            "series_count": gone.series_count,
-            "instance_count": gone.instance_count,
-            "order_ids": [str(each) for each in gone.order_ids],
-            "sop_instance_uids": gone.sop_instance_uids,
-            "viewers_ended": ended,
-        },
-    )
+    gone, ended = await deletion.delete_study(access, (database, orthanc, viewer), reason.strip())
+    after.add_task(request.app.state.worklist.wake)
     return Deleted(
         status="deleted",
         study_instance_uid=access.study.study_instance_uid,

@@ -8,21 +8,33 @@ from fastapi import Depends, Query, Request
 from fastapi.responses import HTMLResponse, RedirectResponse, Response
 from pydantic import BaseModel
 
-from app import linking
+from app import linking, problems
 from app.access import Grant, PatientAccess, Public, Subject
 from app.access.guards import origin_of
 from app.audit import Action
+from app.db import Database, utcnow
 from app.dicom import parse_uid
 from app.dicomweb import Metadata
 from app.errors import Conflict, LightboxError, Unprocessable
+from app.inert import inert_json
+from app.limits import Launches
 from app.linking import StudySummary
 from app.models import OrderStatus
 from app.routes.dicomweb import dicom_web_root
 from app.routes.studies import StudyUid
 from app.routing import AccessRouter
 from app.settings import Settings
-from app.viewer import COMPARE_LAYOUT, EHR_PAGE, SessionCookie, Viewer, page
-from app.viewer.sessions import COOKIE_NAME
+from app.viewer import (
+    COMPARE_LAYOUT,
+    EHR_PAGE,
+    SessionCookie,
+    SignOfLife,
+    Viewer,
+    page,
+    refusals,
+)
+from app.viewer.glances import Alive
+from app.viewer.sessions import COOKIE_NAME, WARN_MINUTES
 
 router = AccessRouter(tags=["viewer"])
 
@@ -105,13 +117,15 @@ async def open_viewer(
 ) -> Response:
     """Trade a one-time code for a cookie and a clean URL; then serve OHIF at that URL."""
     viewer: Viewer = request.app.state.viewer
+    database: Database = request.app.state.database
     settings: Settings = request.app.state.settings
     origin = origin_of(request)
     if launch:
         try:
             redeemed = await viewer.redeem(launch, origin)
         except LightboxError as error:
-            return _refusal(error.status, error.detail, origin.request_id)
+            said = await refusals.of_link(viewer, database, launch, error, origin.request_id)
+            return HTMLResponse(said, status_code=error.status, headers=problems.headers_of(error))
         answer = RedirectResponse(redeemed.clean_path, status_code=303)
         answer.set_cookie(
             COOKIE_NAME,
@@ -126,7 +140,11 @@ async def open_viewer(
     if not ctx:
         return HTMLResponse(page(*EHR_PAGE, origin.request_id), status_code=404)
     if not await viewer.is_live(ctx):
-        return _refusal(403, await viewer.why_over(ctx), origin.request_id)
+        if await viewer.is_known(ctx):
+            # There its cookie comes along, and more can be said.
+            return RedirectResponse(f"/s/{ctx}/ended", status_code=303)
+        said = page(refusals.REFUSED, refusals.NOT_YOURS, origin.request_id)
+        return HTMLResponse(said, status_code=403)
     return Response(headers={"X-Accel-Redirect": "/_ohif/index.html"}, media_type="text/html")
 
 
@@ -135,16 +153,27 @@ async def session_status(ctx: str) -> None:
     """204 while this browser's viewing session lives."""
 
 
+async def _alive(alive: Alive, _request: Request) -> Response:
+    """A sign of life: somebody sits in front of the viewer. How long it may still be open."""
+    left = max(0, int((alive.expires_at - utcnow()).total_seconds()))
+    answer = {
+        "seconds_left": left,
+        "warn_seconds": WARN_MINUTES * 60,
+        "purpose_of_use": alive.purpose_of_use,
+    }
+    return Response(inert_json(answer), media_type="application/json")
+
+
+router.direct("/s/{ctx}/alive", _alive, SignOfLife(), media_types=["application/json"])
+
+
 @router.get("/s/{ctx}/ended", dependencies=[A_PAGE], response_class=HTMLResponse)
 async def session_ended(request: Request, ctx: str) -> Response:
     """The page that a viewer turns to when its session doesn't answer any more."""
     viewer: Viewer = request.app.state.viewer
-    return _refusal(200, await viewer.why_over(ctx), origin_of(request).request_id)
-
-
-def _refusal(status: int, sentence: str, request_id: str) -> HTMLResponse:
-    title = "The images can't be shown" if status == 503 else "These images can't be opened"
-    return HTMLResponse(page(title, sentence, request_id), status_code=status)
+    cookie, request_id = request.cookies.get(COOKIE_NAME), origin_of(request).request_id
+    said = await refusals.of_session(viewer, request.app.state.database, ctx, cookie, request_id)
+    return HTMLResponse(said)
 
 
 def _one(known: list[StudySummary], uid: str) -> StudySummary:
@@ -162,6 +191,8 @@ async def _link(
     known: list[StudySummary],
     layout: str = "",
 ) -> ViewerLink:
+    launches: Launches = request.app.state.launches
+    launches.count(access.principal.sub)
     viewer: Viewer = request.app.state.viewer
     launch = await viewer.launch(access, opened, known, layout=layout)
     metadata: Metadata = request.app.state.metadata

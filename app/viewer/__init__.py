@@ -1,9 +1,10 @@
 """Opening the viewer: launch sessions, the guards of its requests, the pages that say why not."""
 
 from app.viewer.endings import SessionOver
-from app.viewer.guard import SessionCookie, ViewerGrant, ViewerNothing, ViewerSearch
+from app.viewer.guard import SessionCookie, SignOfLife, ViewerGrant, ViewerNothing, ViewerSearch
+from app.viewer.links import Launch, Redeemed
 from app.viewer.pages import EHR_PAGE, page
-from app.viewer.sessions import COMPARE_LAYOUT, Launch, Redeemed, Viewer
+from app.viewer.sessions import COMPARE_LAYOUT, Viewer
 
 __all__ = [
     "COMPARE_LAYOUT",
@@ -12,6 +13,7 @@ __all__ = [
     "Redeemed",
     "SessionCookie",
     "SessionOver",
+    "SignOfLife",
     "Viewer",
     "ViewerGrant",
     "ViewerNothing",

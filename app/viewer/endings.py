@@ -1,6 +1,6 @@
 """Why a viewing session is over, and how one is ended: on record, with what was looked at."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from datetime import datetime
 from enum import StrEnum
 
@@ -18,21 +18,44 @@ class EndedBecause(StrEnum):
     """Why a session is over; the refusal page has a sentence for each."""
 
     EXPIRED = "expired"
+    GLASS_ENDED = "glass-ended"
     IDLE = "idle"
     ORDER_CANCELLED = "order-cancelled"
+    PATIENT_CHANGED = "patient-changed"
+    RESTRICTED = "restricted"
+    REVOKED = "revoked"
     RIGHT_LOST = "right-lost"
+    SIGNED_OUT = "signed-out"
     STUDY_DELETED = "study-deleted"
+    STUDY_MOVED = "study-moved"
     UNUSED = "unused"
 
 
-ENDED_SENTENCES = {
+ENDED_SENTENCES: Mapping[EndedBecause, str] = {
     EndedBecause.EXPIRED: "This viewing session has reached its time limit.",
+    EndedBecause.GLASS_ENDED: "The emergency access under which these images were open is over.",
     EndedBecause.IDLE: "This viewing session was not used for a while and has ended.",
     EndedBecause.ORDER_CANCELLED: "The order whose images were open here has been cancelled.",
+    EndedBecause.PATIENT_CHANGED: "Who this patient is was corrected, and images that were open "
+    "here say something else. Check whose they are before you rely on them.",
+    EndedBecause.RESTRICTED: "This patient's record has been restricted to named people, and you "
+    "are not among them.",
+    EndedBecause.REVOKED: "This viewing session was ended by you, or by an administrator.",
     EndedBecause.RIGHT_LOST: "You no longer have access to this patient's images.",
+    EndedBecause.SIGNED_OUT: "You have signed out, and your viewers were closed with it.",
     EndedBecause.STUDY_DELETED: "The images that were open here have been deleted.",
+    EndedBecause.STUDY_MOVED: "Images that were open here are no longer filed under this "
+    "patient. Don't rely on what you saw of them.",
     EndedBecause.UNUSED: "This link was not opened in time.",
 }
+
+
+def public_sentence(because: EndedBecause) -> str:
+    """The sentence for whoever has the address and not the cookie: a patient's being restricted
+    is no business of theirs."""
+    if because is EndedBecause.RESTRICTED:
+        because = EndedBecause.RIGHT_LOST
+    return ENDED_SENTENCES[because]
 
 
 class SessionOver(Forbidden):
@@ -53,7 +76,8 @@ async def end_sessions(
 ) -> int:
     """End sessions in the caller's transaction, each with a record of what was looked at."""
     ended = 0
-    for launch in launches:
+    # In one order everywhere, as counts are written.
+    for launch in sorted(launches, key=lambda each: each.ctx):
         marked = await session.exec(
             sa.update(LaunchSession)
             .where(col(LaunchSession.ctx) == launch.ctx, col(LaunchSession.ended_at).is_(None))

@@ -9,6 +9,7 @@ from app.audit import Action, Entry, Outcome
 from app.dicom import parse_uid
 from app.errors import NotFound, Unauthenticated
 from app.models import LaunchSession
+from app.viewer.glances import Alive
 from app.viewer.sessions import COOKIE_NAME, Viewer
 
 _NOTHING = "There is nothing at this address."
@@ -31,6 +32,26 @@ class ViewerSearch(DirectGuard):
             # Something ended between the two.
             raise NotFound(_NOTHING)
         return access
+
+    def describe(self) -> dict[str, str]:
+        return _DESCRIPTION | {"of": Subject.PATIENT.value}
+
+
+class SignOfLife(DirectGuard):
+    """Somebody sits in front of the viewer: their right is decided anew, and the session slides."""
+
+    async def enter(self, request: Request) -> Alive:
+        gate: Gate = request.app.state.gate
+        viewer: Viewer = request.app.state.viewer
+        ctx, cookie = request.path_params["ctx"], request.cookies.get(COOKIE_NAME)
+        alive = await viewer.alive(ctx, cookie) if is_plain(request) else None
+        if alive is None:
+            async with gate.transaction([]) as session:
+                launch = await _launch_of(request, session)
+                await _refuse_unless_plain(request, launch)
+                await viewer.patient_access(session, launch, origin_of(request))
+            raise NotFound(_NOTHING)
+        return alive
 
     def describe(self) -> dict[str, str]:
         return _DESCRIPTION | {"of": Subject.PATIENT.value}
@@ -113,9 +134,10 @@ async def _launch_of(request: Request, session: AsyncSession) -> LaunchSession:
     viewer: Viewer = request.app.state.viewer
     cookie = request.cookies.get(COOKIE_NAME)
     try:
-        return await viewer.open_session(session, request.path_params["ctx"], cookie)
+        ctx = request.path_params["ctx"]
+        return await viewer.open_session(session, ctx, cookie, origin_of(request))
     except Unauthenticated:
-        await gate.trail.record(
+        await gate.failed_tries.record(
             Entry(
                 action=Action.SIGN_IN,
                 outcome=Outcome.DENIED,

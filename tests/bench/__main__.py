@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from app.demo.stack import REPOSITORY, SetupError
-from tests.bench import browser, decision, frames, queries, report, scale, transfer
+from tests.bench import browser, decision, frames, queries, report, scale, trail, transfer
 from tests.bench.client import BenchError
 from tests.bench.measure import AnyRow, Missing, Result
 from tests.bench.site import Site
@@ -66,6 +66,7 @@ def all_rows(site: Site) -> Iterator[AnyRow]:
     yield from decision.rows(site)
     yield from transfer.rows(site)
     yield from scale.rows(site)
+    yield from trail.rows(site)
 
 
 def _wanted(name: str, only: list[str]) -> bool:

@@ -1,5 +1,6 @@
 """The contract's tables, row by row: fields, statuses and pages."""
 
+import asyncio
 import re
 from datetime import datetime, timedelta
 from typing import Any
@@ -43,6 +44,7 @@ async def test_a_patient_is_registered_and_read(lightbox: Lightbox) -> None:
         "mrn_issuer": "",
         "id": "",
         "created_at": "",
+        "replaces": [],
     }
     assert await lightbox.must("service", "GET", f"/patients/{said['id']}") == said
     assert await lightbox.must("service", "GET", "/patients", params={"mrn": "MRN-9"}) == [said]
@@ -149,6 +151,26 @@ ORDER_FIELDS = {
     "requested_by",
     "attending",
     "site",
+    "procedure_code",
+    "procedure_code_system",
+    "procedure_code_meaning",
+    "protocol_code",
+    "protocol_code_system",
+    "protocol_code_meaning",
+    "performing_physician",
+    "referring_physician",
+    "requesting_physician",
+    "procedure_location",
+    "patient_location",
+    "patient_state",
+    "medical_alerts",
+    "allergies",
+    "special_needs",
+    "patient_weight_kg",
+    "pregnancy_status",
+    "fulfilled_at",
+    "worklist_problem",
+    "arriving",
     "created_at",
     "updated_at",
 }
@@ -250,7 +272,8 @@ async def test_orders_are_found_by_patient_number_and_status(
 async def test_a_patch_changes_what_it_names_and_nothing_else(
     lightbox: Lightbox, world: World
 ) -> None:
-    path = f"/orders/{world.my_order['id']}"
+    order = await lightbox.order(world.mine)  # whose status no image has a say in
+    path = f"/orders/{order['id']}"
     before = await lightbox.must("service", "GET", path)
     for change in (
         {"status": "in-progress"},
@@ -447,7 +470,7 @@ async def test_pages_show_every_row_once(pages: Lightbox) -> None:
 
 
 async def test_a_next_page_keeps_the_filter(pages: Lightbox) -> None:
-    answer = await pages.ask("service", "GET", f"{API}/orders?limit=2&status=scheduled")
+    answer = await pages.ask("service", "GET", f"{API}/orders?limit=2&status=arriving")
     link = answer.headers["link"][1:].partition(">")[0]
     assert dict(httpx.URL(link).params).keys() == {"limit", "status", "cursor"}
     answer = await pages.ask("service", "GET", f"{API}/orders?limit=2&status=completed")
@@ -548,6 +571,15 @@ async def test_numbers_are_numbers_only(shared: Shared) -> None:
         "orders": 2,
         "orders_with_images": 2,
         "linked_studies": 2,
+        "follower": {
+            "following": False,
+            "position": 0,
+            "listed": 0,
+            "to_list": 0,
+            "to_look_at": 0,
+            "waiting": 0,
+            "problem": "",
+        },
     }
 
 
@@ -578,3 +610,15 @@ async def test_the_document_names_every_path_of_the_contract(shared: Shared) -> 
     for path, methods in contract.items():
         assert methods <= said["paths"][f"{API}{path}"].keys(), path
     assert (await shared.lightbox.client.get("/docs")).status_code == 200
+
+
+async def test_two_may_put_the_same_person_on_a_care_team_at_once(
+    lightbox: Lightbox, world: World
+) -> None:
+    path = f"{API}/patients/{world.mine['id']}/care-team/dr.new"
+    answers = await asyncio.gather(
+        *(lightbox.ask("service", "PUT", path, json={"role": f"r{each}"}) for each in range(8))
+    )
+    assert {each.status_code for each in answers} == {200}
+    team = await lightbox.must("service", "GET", f"/patients/{world.mine['id']}/care-team")
+    assert [each["sub"] for each in team].count("dr.new") == 1

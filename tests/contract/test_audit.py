@@ -25,7 +25,9 @@ FIELDS = {
     "order_id",
     "study_instance_uid",
     "ctx",
+    "purpose_of_use",
     "detail",
+    "sha256",
 }
 
 
@@ -70,6 +72,7 @@ async def test_records_come_newest_first(shared: Shared) -> None:
 FILTERS: dict[str, Callable[[World], dict[str, str]]] = {
     "patient": lambda world: {"patient_id": world.mine["id"]},
     "study": lambda world: {"study_instance_uid": world.my_study},
+    "order": lambda world: {"order_id": world.my_order["id"]},
     "actor": lambda world: {"actor": "technologist"},
     "action": lambda world: {"action": "study:upload"},
     "outcome": lambda world: {"outcome": "done"},
@@ -228,6 +231,7 @@ async def test_a_deletion_keeps_what_was_deleted(lightbox: Lightbox, world: Worl
         "order_ids": [world.my_order["id"]],
         "sop_instance_uids": [world.my_image["sop_instance_uid"]],
         "viewers_ended": 0,
+        "order_status": {world.my_order["id"]: "arriving -> scheduled"},
     }
 
 

@@ -512,7 +512,7 @@ async def test_nothing_is_left_in_the_spool_folder(
         assert (await send(lightbox, body_of(big, big[:-1], big))).status_code == 202
         assert (await send(lightbox, pieces(PART + big, b"\r\n" + PART + big))).status_code == 202
         assert (await send(lightbox, big, kind="application/dicom")).status_code == 200
-    assert list(spool.iterdir()) == []
+    assert [each for each in spool.rglob("*") if each.is_file()] == []
 
 
 # ---------------------------------------------------------------------- when something is down

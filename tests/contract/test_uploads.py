@@ -688,4 +688,4 @@ async def test_nothing_is_left_in_the_spool_folder(
         await post(lightbox, "upload-multiple", files={"files": ("a.zip", archive)})
         data = {"tags": '{"StudyDescription": "x"}'}
         await post(lightbox, "modify-tags", files={"file": ("a", big)}, data=data)
-    assert list(spool.iterdir()) == []
+    assert [each for each in spool.rglob("*") if each.is_file()] == []

@@ -3,6 +3,7 @@
 import asyncio
 import re
 from typing import Any
+from uuid import UUID
 
 import httpx
 import pytest
@@ -29,7 +30,9 @@ def frame_of(image: dict[str, Any], path: str = FRAME) -> str:
 
 
 async def link_to(lightbox: Lightbox, path: str, **params: str) -> Any:
-    return await lightbox.must("clinician", "GET", f"/dicom/viewer/url{path}", params=params)
+    link = await lightbox.must("clinician", "GET", f"/dicom/viewer/url{path}", params=params)
+    await lightbox.app.state.metadata.settled()
+    return link
 
 
 def code_of(link: Any) -> str:
@@ -228,7 +231,10 @@ async def test_ohif_opens_only_while_the_session_lives(lightbox: Lightbox, world
     assert "x-accel-redirect" in (await lightbox.client.get("/viewer", params=address)).headers
     change(lightbox, "UPDATE launch_session SET expires_at = ?", moment(seconds=-1))
     answer = await lightbox.client.get("/viewer", params=address)
-    assert_refused(answer, 403, "reached its time limit")
+    assert (answer.status_code, answer.headers["location"]) == (303, f"/s/{view.ctx}/ended")
+    assert "x-accel-redirect" not in answer.headers
+    answer = await lightbox.client.get(answer.headers["location"])
+    assert_refused(answer, 200, "reached its time limit")
 
 
 # ----------------------------------------------------------------------------- what ends a session
@@ -254,6 +260,15 @@ async def status_of(view: Opened) -> int:
     path = f"/s/{view.ctx}/status"
     answer = await view.lightbox.client.get(path, headers={"Cookie": view.cookie})
     return answer.status_code
+
+
+async def sign_of_life(view: Opened, **headers: str) -> httpx.Response:
+    """What the page sends while somebody moves a pointer."""
+    answer = await view.lightbox.client.get(
+        f"/s/{view.ctx}/alive", headers={"Cookie": view.cookie, **headers}
+    )
+    view.lightbox.client.cookies.clear()
+    return answer
 
 
 async def test_a_session_ends_when_it_is_not_used(lightbox: Lightbox, world: World) -> None:
@@ -300,21 +315,43 @@ async def test_a_cancelled_order_ends_its_viewers_at_the_next_request(
     assert (await of_study.get(frame_of(world.my_image))).is_success
 
 
-async def test_a_deleted_study_ends_every_viewer_that_may_show_it(
+async def test_a_deleted_study_ends_the_viewers_that_opened_it_or_looked_at_it(
     lightbox: Lightbox, world: World
 ) -> None:
     other = await another_study(lightbox, world)
-    views = [
-        await lightbox.open(f"/{uid}") for uid in (world.my_study, other["study_instance_uid"])
-    ]
+    opened = await lightbox.open(f"/{world.my_study}")
+    beside = await lightbox.open(f"/patient/{world.mine['id']}")  # both, none looked at yet
+    looked = await lightbox.open(f"/{other['study_instance_uid']}")
+    assert (await looked.get(frame_of(world.my_image))).is_success
     theirs = await lightbox.open(f"/{world.their_study}", sub="other")
     deleted = await lightbox.must(
         "service", "DELETE", f"/dicom/studies/{world.my_study}", params={"reason": "a mistake"}
     )
-    assert deleted["viewers_ended"] == 2
-    for view in views:
+    assert deleted["viewers_ended"] == 3
+    for view in (opened, beside, looked):
         await assert_ended(view, "study-deleted", world.my_image)
     assert (await theirs.get(frame_of(world.their_image))).is_success
+
+
+async def test_a_deleted_prior_that_nobody_looked_at_is_only_taken_away(
+    lightbox: Lightbox, world: World
+) -> None:
+    """Its UID is the beginning of the one that is open, and its end: it must not be found in it."""
+    uid = f"{world.my_study}.1"
+    prior = await another_study(lightbox, world, StudyInstanceUID=uid)
+    assert prior["study_instance_uid"] == uid
+    view, reads = await lightbox.open(f"/{uid}"), frame_of(world.my_image)
+    assert len((await view.get("/studies")).json()) == 2
+    deleted = await lightbox.must(
+        "service", "DELETE", f"/dicom/studies/{world.my_study}", params={"reason": "a mistake"}
+    )
+    assert deleted["viewers_ended"] == 0
+    assert (await view.get(frame_of(prior))).is_success, "the reading goes on"
+    (row,) = (await view.get("/studies")).json()
+    assert row["0020000D"]["Value"] == [uid]
+    answer = await view.get(reads, headers={"X-Request-ID": "gone"})
+    assert answer.status_code == 404
+    assert [each["reason"] for each in records(lightbox, "gone")] == ["not-in-session"]
 
 
 @pytest.mark.parametrize(
@@ -382,8 +419,35 @@ async def test_a_study_moved_to_another_patient_is_not_shown(
         world.their_study,
         world.my_study,
     )
-    assert (await view.get(frame_of(world.my_image))).status_code == 404
-    assert (await view.get("/studies")).json() == []
+    answer = await view.get(frame_of(world.my_image), headers={"X-Request-ID": "moved"})
+    assert (answer.status_code, answer.json()["reason"]) == (403, "study-moved")
+    denied, ended = records(lightbox, "moved")
+    assert (denied["action"], denied["outcome"]) == ("study:view", "denied")
+    assert (ended["action"], ended["reason"]) == ("session:end", "study-moved")
+    assert denied["patient_id"] == ended["patient_id"] == UUID(world.mine["id"]).hex
+    await assert_ended(view, "study-moved", world.my_image)
+
+
+@pytest.mark.parametrize("path", ["/studies", "alive", "another"])
+async def test_a_study_that_was_looked_at_and_moved_ends_the_session_wherever_it_asks_next(
+    path: str, lightbox: Lightbox, world: World
+) -> None:
+    await lightbox.must("service", "PUT", f"/patients/{world.theirs['id']}/care-team/clinician")
+    other = await another_study(lightbox, world)
+    view = await lightbox.open(f"/{world.my_study}")
+    for image in (world.my_image, other):
+        assert (await view.get(frame_of(image))).is_success
+    change(
+        lightbox,
+        "UPDATE study SET patient_id = ? WHERE study_instance_uid = ?",
+        UUID(world.theirs["id"]).hex,
+        world.my_study,
+    )
+    if path == "alive":
+        answer = await sign_of_life(view)
+    else:
+        answer = await view.get(frame_of(other) if path == "another" else path)
+    assert (answer.status_code, answer.json()["reason"]) == (403, "study-moved")
 
 
 # -------------------------------------------------------------------------------- two, and priors

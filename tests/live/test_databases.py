@@ -5,6 +5,7 @@ import re
 from collections import Counter
 from pathlib import Path
 from typing import Any
+from uuid import UUID
 
 import psycopg
 import pytest
@@ -17,7 +18,7 @@ from sqlalchemy.engine import make_url
 from sqlmodel import SQLModel
 
 from app import models
-from app.db import AUDIT_TABLE, migrate
+from app.db import AUDIT_TABLE, migrate, utcnow
 from tests.images import ct_image
 from tests.lightbox import Lightbox, running
 from tests.live.conftest import (
@@ -132,8 +133,8 @@ async def test_it_does_not_start_as_a_role_that_could_change_the_trail(
 # ------------------------------------------------------------------------- the trail's tables
 
 RECORD = (
-    "INSERT INTO audit_record (at, request_id, action, outcome, reason, actor, actor_roles, "
-    "client_address, study_instance_uid, ctx, detail) VALUES ('2025-01-01 00:00:00+00', 'r', "
+    "INSERT INTO audit_record (id, at, request_id, action, outcome, reason, actor, actor_roles, "
+    "client_address, study_instance_uid, ctx, detail) VALUES (1, '2025-01-01 00:00:00+00', 'r', "
     "'study:view', 'granted', '', 'somebody', '', '', '', '', '{}')"
 )
 FORBIDDEN_TO_THE_APP = [
@@ -187,6 +188,25 @@ def test_a_trigger_stops_even_the_owner(database: DatabaseUrls) -> None:
         actors = connection.execute(sa.text("SELECT actor FROM audit_record")).scalars().all()
     engine.dispose()
     assert actors == ["somebody"]
+
+
+async def test_an_order_and_a_study_of_two_patients_are_never_linked(live: Lightbox) -> None:
+    """Whatever the code says: `answer_order` is the first to refuse it, the database the last."""
+    one, other = await make_person(live), await make_person(live)
+    uid = uid_of(one.mrn)
+    sent = await live.upload(ct_image(patient_id=one.mrn, study_uid=uid), order_id=one.order["id"])
+    assert sent.status_code == 200, sent.text
+    theirs = {"order_id": UUID(other.order["id"]), "study_instance_uid": uid}
+    table: sa.Table = models.OrderStudy.__table__  # type: ignore[attr-defined]
+    for statement in (
+        sa.insert(table).values(**theirs, linked_at=utcnow(), linked_by="somebody"),
+        sa.update(table).where(table.c.study_instance_uid == uid).values(**theirs),
+    ):
+        async with live.app.state.database.writing_session() as session:
+            connection = await session.connection()
+            with pytest.raises(sa.exc.IntegrityError, match="order-and-study-of-two-patients"):
+                await connection.execute(statement)
+    assert (await live.must("service", "GET", f"/orders/{other.order['id']}"))["studies"] == []
 
 
 # ------------------------------------------------------------------------- many at the same time

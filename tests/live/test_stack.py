@@ -71,7 +71,7 @@ def test_orthanc_answers_only_with_the_credential(
 
 
 def test_what_lightbox_does_not_use_is_off(pacs: httpx.Client) -> None:
-    assert set(pacs.get("/plugins").json()) <= {"dicom-web", "explorer.js"}
+    assert set(pacs.get("/plugins").json()) <= {"dicom-web", "explorer.js", "worklists"}
     assert pacs.get("/dicom-web/studies").json() == []
     wado_uri = {"requestType": "WADO", "objectUID": "1.2.3"}
     assert pacs.get("/wado", params=wado_uri).status_code == 404

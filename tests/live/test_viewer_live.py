@@ -8,6 +8,7 @@ from typing import Any
 import httpx
 import pytest
 
+import app.viewer.glances
 import app.viewer.sessions
 from app.db import utcnow
 from tests.images import ct_image
@@ -183,7 +184,9 @@ async def test_a_viewer_is_over_at_the_next_request(
         answer = await shown.opened.get(path)
         assert (answer.status_code, answer.json()["reason"]) == (403, reason)
     page = await live.client.get("/viewer", params={"ctx": shown.opened.ctx})
-    assert (page.status_code, words in page.text) == (403, True)
+    assert page.status_code == 303
+    page = await live.client.get(page.headers["location"])
+    assert (page.status_code, words in page.text) == (200, True)
     code = unopened["url"].partition("launch=")[2]
     late = await live.client.get("/viewer", params={"launch": code})
     assert late.status_code == 403
@@ -208,6 +211,12 @@ async def test_leaving_the_care_team_ends_it(live: Lightbox) -> None:
     await live.open(f"/patient/{person.patient['id']}", sub="dr.team")
 
 
+def move_clock(patch: pytest.MonkeyPatch, later: timedelta) -> None:
+    """What the viewer's sessions take for now."""
+    for module in (app.viewer.sessions, app.viewer.glances):
+        patch.setattr(module, "utcnow", lambda: utcnow() + later)
+
+
 TIMES = [
     pytest.param(timedelta(minutes=59), 200, "", id="still-used"),
     pytest.param(timedelta(minutes=61), 403, "idle", id="idle"),
@@ -225,7 +234,7 @@ async def test_the_limits_of_time(
 ) -> None:
     shown = await show(live)
     assert await shown.status() == 200
-    monkeypatch.setattr(app.viewer.sessions, "utcnow", lambda: utcnow() + later)
+    move_clock(monkeypatch, later)
     answer = await shown.opened.get(shown.frame)
     assert answer.status_code == status
     if reason:
@@ -240,7 +249,7 @@ async def test_a_viewer_slides_while_it_is_used_and_ends_all_the_same(
     seen = []
     for half_hours in range(26):
         later = timedelta(minutes=30 * half_hours)
-        monkeypatch.setattr(app.viewer.sessions, "utcnow", lambda later=later: utcnow() + later)
+        move_clock(monkeypatch, later)
         seen.append(await shown.status())
     assert seen == [200] * 24 + [403] * 2
 
@@ -253,7 +262,7 @@ async def test_a_link_is_good_for_a_minute(live: Lightbox, monkeypatch: pytest.M
         )
         with monkeypatch.context() as later:
             moment = timedelta(seconds=seconds)
-            later.setattr(app.viewer.sessions, "utcnow", lambda moment=moment: utcnow() + moment)
+            move_clock(later, moment)
             code = link["url"].partition("launch=")[2]
             answer = await live.client.get("/viewer", params={"launch": code})
         live.client.cookies.clear()

@@ -15,7 +15,7 @@ from urllib.parse import unquote, urlsplit
 
 import pytest
 
-from app.access.policy import ANY_PATIENT, POLICY, READS, TREATS, WORKS_ON, Reason
+from app.access.policy import ANY_PATIENT, POLICY, READS, TREATS, WORKS_ON, WRITES, Reason
 from app.audit import Action, Outcome
 from app.errors import LightboxError
 from app.identity import Role
@@ -36,10 +36,13 @@ DECISIONS = sorted((DOCS / "decisions").glob("[0-9]*.md"))
 LINKED_HOSTS = {
     "dicom.nist.gov",
     "dicom.nema.org",
+    "hl7.org",
     "keepachangelog.com",
     "ohif.org",
     "orthanc.uclouvain.be",
+    "profiles.ihe.net",
     "semver.org",
+    "terminology.hl7.org",
     "www.rfc-editor.org",
 }
 EXAMPLE_HOSTS = re.compile(r"localhost|127\.0\.0\.1|app|orthanc|db|host|([a-z0-9-]+\.)*example")
@@ -132,7 +135,14 @@ def test_every_problem_is_documented_and_no_other() -> None:
 
 def test_the_table_of_rights_is_the_policy() -> None:
     """One row an action that a role can have, one column a role; which patients, in the cell."""
-    words = {"": None, "yes": ANY_PATIENT, "treats": TREATS, "site": READS, "works on": WORKS_ON}
+    words = {
+        "": None,
+        "yes": ANY_PATIENT,
+        "treats": TREATS,
+        "site": READS,
+        "own site": WRITES,
+        "works on": WORKS_ON,
+    }
     section = read("api.md").partition("## Roles")[2].partition("\n## ")[0]
     header, _, *rows = [
         [cell.strip() for cell in line.strip("|").split("|")]
@@ -172,12 +182,18 @@ def test_every_reason_has_its_row() -> None:
     others = {
         *("bad-cookie", "bad-token", "no-cookie", "no-token"),
         *("not-in-session", "unknown", "unknown-code", "used"),
-        *("not-a-uid", "not-enumerated", "not-plain"),
+        "replayed",
+        *("not-a-uid", "not-enumerated", "not-plain", "too-many-tries"),
+        *("archive-replaced", "study-gone", "instances-gone", "stored-anew"),
+        *("rejected", "undone", "cut-off"),
     }
     assert set(rows) == {*map(str, Reason), *map(str, EndedBecause), *others}
     source = "".join(path.read_text() for path in (REPOSITORY / "app").rglob("*.py"))
     assert [word for word in others if f'"{word}"' not in source] == []
-    written = " ".join(re.findall(r'(?:\breason|"reason")(?:=|: )(.*)', source))
+    # Up to the next name of an argument or a member.
+    written = " ".join(
+        re.findall(r'(?:\breason|"reason")(?:=|: )(.*?)(?:, "?\w+"?[=:]|$)', source, re.M)
+    )
     assert set(re.findall(r'"([a-z-]+)"', written)) - {"reason"} <= set(rows)
 
 

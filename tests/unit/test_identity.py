@@ -9,6 +9,7 @@ from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any, cast
+from uuid import UUID
 
 import httpx
 import pytest
@@ -21,9 +22,16 @@ from joserfc import jws, jwt
 from joserfc.jwk import ECKey, Key, OctKey, RSAKey
 from pydantic import SecretStr, ValidationError
 
-from app import identity
 from app.errors import Unauthenticated, Unavailable
-from app.identity import Principal, Role, TokenVerifier, issue_token
+from app.identity import (
+    LogoutToken,
+    PatientContext,
+    Principal,
+    Role,
+    TokenVerifier,
+    issue_token,
+    keys,
+)
 from app.settings import Settings
 from tests.lightbox import SECRET, make_settings, signed
 
@@ -378,7 +386,7 @@ def public(key: Key, **more: Any) -> dict[str, Any]:
 async def provider(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Provider]:
     async with httpx.AsyncClient() as client:
         made = Provider(TokenVerifier(OIDC, client))
-        monkeypatch.setattr(identity, "time", SimpleNamespace(monotonic=lambda: made.clock))
+        monkeypatch.setattr(keys, "time", SimpleNamespace(monotonic=lambda: made.clock))
         with respx.mock(assert_all_called=False) as router:
             router.route(host="login.hospital.test").mock(side_effect=made.answer)
             router.route().mock(side_effect=httpx.UnsupportedProtocol("only http and https"))
@@ -441,7 +449,7 @@ async def test_an_unknown_kid_fetches_the_keys_again_once(provider: Provider) ->
     with pytest.raises(Unauthenticated):  # asked a moment ago: not again
         await provider.verifier.principal(token(RSA_NEXT))
     assert provider.fetched == 1
-    provider.clock += identity.JWKS_RETRY_SECONDS + 1
+    provider.clock += keys.JWKS_RETRY_SECONDS + 1
     assert (await provider.verifier.principal(token(RSA_NEXT))).sub == "dr-who"
     assert provider.fetched == 2
     for _ in range(5):
@@ -453,7 +461,7 @@ async def test_an_unknown_kid_fetches_the_keys_again_once(provider: Provider) ->
 async def test_keys_are_looked_at_again_after_an_hour(provider: Provider) -> None:
     await provider.verifier.principal(token())
     provider.keys = {"keys": [public(EC)]}
-    provider.clock += identity.JWKS_FRESH_SECONDS - 1
+    provider.clock += keys.JWKS_FRESH_SECONDS - 1
     await provider.verifier.principal(token())
     provider.clock += 2
     with pytest.raises(Unauthenticated):
@@ -483,6 +491,7 @@ async def test_without_keys_nobody_signs_in(fault: str, provider: Provider) -> N
     assert "identity provider" in caught.value.detail
     assert "10.0.0.1" not in caught.value.detail
     provider.fault = None
+    provider.clock += keys.JWKS_RETRY_WITHOUT_SECONDS + 1
     assert (await provider.verifier.principal(token())).sub == "dr-who"
 
 
@@ -490,7 +499,7 @@ async def test_without_keys_nobody_signs_in(fault: str, provider: Provider) -> N
 async def test_known_keys_go_on_working(fault: str, provider: Provider) -> None:
     await provider.verifier.principal(token())
     provider.fault = FAULTS[fault]
-    provider.clock += identity.JWKS_FRESH_SECONDS + 1
+    provider.clock += keys.JWKS_FRESH_SECONDS + 1
     assert (await provider.verifier.principal(token())).sub == "dr-who"
     with pytest.raises(Unauthenticated):
         await provider.verifier.principal(token(STRANGER))
@@ -584,3 +593,288 @@ async def test_one_key_needs_no_kid(provider: Provider) -> None:
 def test_settings_name_one_source_of_keys() -> None:
     assert isinstance(OIDC, Settings)
     assert OIDC.jwt_algorithms == ("RS256", "ES256")
+
+
+# --------------------------------------------------------------------------- the edges of times
+
+
+@pytest.fixture
+def at_noon(monkeypatch: pytest.MonkeyPatch) -> int:
+    """A second that stands still for who checks tokens."""
+    noon = 1_800_000_000
+    frozen = SimpleNamespace(time=lambda: noon)
+    monkeypatch.setattr("joserfc._rfc7519.claims.time", frozen)
+    return noon
+
+
+@pytest.mark.parametrize(
+    ("claim", "seconds", "holds"),
+    [
+        ("exp", 1, True),
+        ("exp", 0, True),
+        ("exp", 1 - LEEWAY, True),
+        ("exp", -LEEWAY, False),
+        ("exp", -LEEWAY - 1, False),
+        ("nbf", 0, True),
+        ("nbf", LEEWAY, True),
+        ("nbf", LEEWAY + 1, False),
+        ("iat", LEEWAY, True),
+        ("iat", LEEWAY + 1, False),
+    ],
+)
+async def test_the_leeway_is_exact(
+    claim: str, seconds: int, holds: bool, at_noon: int, shared: TokenVerifier
+) -> None:
+    made = signed(SHARED, **{"exp": at_noon + HOUR, claim: at_noon + seconds})
+    if holds:
+        assert (await shared.principal(made)).sub == "clinician"
+    else:
+        with pytest.raises(Unauthenticated):
+            await shared.principal(made)
+
+
+@pytest.mark.parametrize("claim", ["exp", "nbf", "iat"])
+@pytest.mark.parametrize("wrong", [True, "1", [], {}, float("1e400")], ids=str)
+async def test_a_time_is_a_number(claim: str, wrong: Any, shared: TokenVerifier) -> None:
+    with pytest.raises(Unauthenticated):
+        await shared.principal(signed(SHARED, **{claim: wrong}))
+
+
+# ------------------------------------------------------------------------------- kinds of tokens
+
+
+@pytest.mark.parametrize("typ", ["JWT", "jwt", "at+jwt", "application/at+jwt", "AT+JWT"])
+async def test_an_access_token_may_say_what_it_is(typ: str, provider: Provider) -> None:
+    assert (await provider.verifier.principal(token(header={"typ": typ}))).sub == "dr-who"
+
+
+@pytest.mark.parametrize(
+    "typ", ["logout+jwt", "dpop+jwt", "secevent+jwt", "id_token+jwt", "Bearer", "JWT\n", "", 7]
+)
+async def test_a_token_of_another_kind_signs_nobody_in(typ: Any, provider: Provider) -> None:
+    made = rs256({"alg": "RS256", "kid": "rsa", "typ": typ}, claims())
+    if typ == "":
+        assert (await provider.verifier.principal(made)).sub == "dr-who"
+        return
+    with pytest.raises(Unauthenticated):
+        await provider.verifier.principal(made)
+
+
+async def test_a_logout_token_signs_nobody_in(provider: Provider) -> None:
+    for header in (None, {"typ": "logout+jwt"}):
+        with pytest.raises(Unauthenticated):
+            await provider.verifier.principal(logout(header=header))
+
+
+LOGOUT_EVENT = "http://schemas.openid.net/event/backchannel-logout"
+
+
+def logout(*, header: Any = None, **more: Any) -> str:
+    """A logout token of the issuer; None leaves a claim out."""
+    sane: dict[str, Any] = {
+        "name": None,
+        "roles": None,
+        "iat": int(time.time()),
+        "jti": "once",
+        "sid": "sign-in-1",
+        "events": {LOGOUT_EVENT: {}},
+    }
+    return token(header=header, **{**sane, **more})
+
+
+@pytest.mark.parametrize("typ", [None, "JWT", "logout+jwt", "Logout+JWT", "application/logout+jwt"])
+async def test_a_logout_token_names_who_signs_out(typ: str | None, provider: Provider) -> None:
+    told = await provider.verifier.logout_token(logout(header={"typ": typ} if typ else None))
+    assert told == LogoutToken("dr-who", "sign-in-1", "once")
+
+
+async def test_a_logout_token_names_a_person_or_a_sign_in(provider: Provider) -> None:
+    verifier = provider.verifier
+    assert await verifier.logout_token(logout(sid=None)) == LogoutToken("dr-who", "", "once")
+    assert await verifier.logout_token(logout(sub=None)) == LogoutToken("", "sign-in-1", "once")
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"sub": None, "sid": None},
+        {"sub": "", "sid": None},
+        {"sid": ""},
+        {"sid": 7},
+        {"sid": "x" * 256},
+        {"sub": ["dr-who"]},
+        {"sub": "a\nb"},
+        {"jti": None},
+        {"jti": ""},
+        {"jti": 7},
+        {"iat": None},
+        {"iat": now + HOUR},
+        {"exp": None},
+        {"exp": now - HOUR},
+        {"aud": "another"},
+        {"iss": "https://evil.test"},
+        {"nonce": "n"},
+        {"nonce": ""},
+        {"events": None},
+        {"events": {}},
+        {"events": [LOGOUT_EVENT]},
+        {"events": LOGOUT_EVENT},
+        {"events": {LOGOUT_EVENT: True}},
+        {"events": {LOGOUT_EVENT: []}},
+        {"events": {LOGOUT_EVENT.upper(): {}}},
+        {"events": {"urn:other": {}}},
+        {"header": {"typ": "at+jwt"}},
+        {"header": {"typ": "secevent+jwt"}},
+    ],
+    ids=str,
+)
+async def test_a_wrong_logout_token_signs_nobody_out(
+    wrong: dict[str, Any], provider: Provider
+) -> None:
+    with pytest.raises(Unauthenticated):
+        await provider.verifier.logout_token(logout(**wrong))
+
+
+@pytest.mark.parametrize("how", CONFUSED)
+async def test_a_logout_token_cannot_choose_its_key(how: str, provider: Provider) -> None:
+    with pytest.raises(Unauthenticated):
+        await provider.verifier.logout_token(CONFUSED[how])
+
+
+async def test_the_sign_in_is_named(provider: Provider) -> None:
+    for sid, expected in (("s-1", "s-1"), (None, ""), (7, ""), ("", ""), ("x" * 256, "")):
+        assert (await provider.verifier.principal(token(sid=sid))).sid == expected
+
+
+# --------------------------------------------------------------------------- more about the keys
+
+
+async def test_two_keys_may_share_a_kid_if_their_kinds_differ(provider: Provider) -> None:
+    """RFC 7517, section 4.5."""
+    twin = ECKey.generate_key("P-256", {"kid": "rsa"})
+    provider.keys = {"keys": [public(twin), public(RSA)]}
+    assert (await provider.verifier.principal(token())).sub == "dr-who"
+    assert (await provider.verifier.principal(token(twin, alg="ES256"))).sub == "dr-who"
+
+
+async def test_a_curve_is_for_its_algorithm_alone(provider: Provider) -> None:
+    wide = ECKey.generate_key("P-384", {"kid": "wide"})
+    provider.keys = {"keys": [public(wide)]}
+    forged_token = raw_token({"alg": "ES256", "kid": "wide"}, claims(), b"x" * 96)
+    with pytest.raises(Unauthenticated):
+        await provider.verifier.principal(forged_token)
+
+
+@pytest.mark.parametrize(
+    "weak",
+    [
+        {"e": "AQ"},  # 1: everybody can sign
+        {"e": "Ag"},  # 2
+        {"e": "AQAA"},  # even
+        {"n": RSA.as_dict(private=False)["n"][:170]},
+    ],
+    ids=str,
+)
+async def test_a_weak_key_is_none(weak: dict[str, str], provider: Provider) -> None:
+    provider.keys = {"keys": [{**public(RSA), **weak}]}
+    with pytest.raises(Unavailable):
+        await provider.verifier.principal(token())
+
+
+async def test_keys_of_an_https_issuer_come_by_https(provider: Provider) -> None:
+    provider.discovery = {"issuer": ISSUER, "jwks_uri": JWKS.replace("https", "http")}
+    with pytest.raises(Unavailable):
+        await provider.verifier.principal(token())
+    assert provider.fetched == 0
+
+
+async def test_known_keys_hold_for_a_day_without_the_issuer(provider: Provider) -> None:
+    await provider.verifier.principal(token())
+    provider.fault = httpx.ConnectError("refused")
+    provider.clock += keys.JWKS_STALE_SECONDS
+    assert (await provider.verifier.principal(token())).sub == "dr-who"
+    provider.clock += 1
+    with pytest.raises(Unavailable):
+        await provider.verifier.principal(token())
+
+
+# ----------------------------------------------------------------------------- SMART on FHIR
+
+
+ID = "83f66213-0412-4df3-a4cc-43cb50b1ffa3"
+
+
+@pytest.mark.parametrize(
+    ("claim", "context"),
+    [
+        (ID, PatientContext(patient_id=UUID(ID))),
+        (ID.upper(), PatientContext(patient_id=UUID(ID))),
+        (f"{{{ID}}}", PatientContext(mrn=f"{{{ID}}}", mrn_issuer="HOSPITAL")),
+        ("MRN-1", PatientContext(mrn="MRN-1", mrn_issuer="HOSPITAL")),
+        ("CLINIC|MRN-1", PatientContext(mrn="MRN-1", mrn_issuer="CLINIC")),
+        ("|MRN-1", PatientContext(mrn="MRN-1")),
+        (f"CLINIC|{ID}", PatientContext(mrn=ID, mrn_issuer="CLINIC")),
+        ("CLINIC|", PatientContext()),
+        ("CLINIC|a|b", PatientContext()),
+        ("", PatientContext()),
+        (" MRN-1", PatientContext()),
+        ("MRN-1\n", PatientContext()),
+        ("x" * 65, PatientContext()),
+        (7, PatientContext()),
+        ([ID], PatientContext()),
+    ],
+    ids=str,
+)
+async def test_the_patient_in_context(
+    claim: Any, context: PatientContext, provider: Provider
+) -> None:
+    settings = OIDC.model_copy(update={"assigning_authority": "HOSPITAL"})
+    async with httpx.AsyncClient() as client:
+        who = await TokenVerifier(settings, client).principal(token(patient=claim))
+    assert who.patient == context
+
+
+async def test_a_token_without_limits_has_none(provider: Provider) -> None:
+    who = await provider.verifier.principal(token(scope="openid fhirUser launch"))
+    assert (who.patient, who.scopes) == (None, None)
+
+
+@pytest.mark.parametrize(
+    ("path", "given_claims", "limited"),
+    [
+        ("patient", {}, False),
+        ("patient", {"ctx": {"patient": "M"}}, False),
+        ("ctx.patient", {"ctx": {}}, False),
+        ("ctx.patient", {"ctx": {"patient": "M"}}, True),
+        ("ctx.patient", {"ctx": "M"}, True),  # what stands in the way is no absence
+        ("ctx.patient", {"ctx": []}, True),
+    ],
+)
+async def test_the_patient_is_read_where_the_settings_say(
+    path: str, given_claims: dict[str, Any], limited: bool, provider: Provider
+) -> None:
+    settings = OIDC.model_copy(update={"patient_claim": path})
+    async with httpx.AsyncClient() as client:
+        who = await TokenVerifier(settings, client).principal(token(**given_claims))
+    assert (who.patient is not None) is limited
+
+
+async def test_a_null_is_a_limit(provider: Provider) -> None:
+    made = rs256({"alg": "RS256", "kid": "rsa"}, {**claims(), "patient": None, "scope": None})
+    who = await provider.verifier.principal(made)
+    assert (who.patient, who.scopes) == (PatientContext(), frozenset())
+
+
+@given(patient=JSON, scope=JSON)
+async def test_no_limit_is_lost_on_the_way(patient: Any, scope: Any) -> None:
+    try:
+        who = await VERIFIER.principal(signed(SHARED, patient=patient, scope=scope))
+    except Unauthenticated:  # a number that is none
+        return
+    assert (who.patient is None) is (patient is None)
+    if scope is not None:
+        words = scope.split(" ") if isinstance(scope, str) else scope
+        plain = isinstance(words, list) and all(isinstance(word, str) for word in words)
+        levels = ("patient/", "user/", "system/")
+        limits = not plain or any(word.startswith(levels) for word in words)
+        assert (who.scopes is not None) is limits

@@ -66,6 +66,21 @@ def upgrade() -> None:
         sa.Column("last_error", sa.String(), nullable=False),
         sa.PrimaryKeyConstraint("id"),
     )
+    op.create_table(
+        "spent_token",
+        sa.Column("jti_sha256", sa.String(64), nullable=False),
+        _time("spent_at"),
+        sa.PrimaryKeyConstraint("jti_sha256"),
+    )
+    op.create_table(
+        "ended_sign_in",
+        sa.Column("actor", sa.String(255), nullable=False),
+        sa.Column("sid", sa.String(255), nullable=False),
+        _time("ended_at"),
+        sa.PrimaryKeyConstraint("actor", "sid"),
+    )
+    op.add_column("launch_session", _time("actor_since", nullable=True))
+    op.add_column("launch_session", sa.Column("context_patient_id", sa.Uuid(), nullable=True))
     op.add_column(
         "launch_session",
         sa.Column("actor_sid", sa.String(255), nullable=False, server_default=sa.text("''")),
@@ -77,7 +92,9 @@ def upgrade() -> None:
     for table, *columns in (
         ("broken_glass", "patient_id", "sub", "broken_at"),
         ("notification", "created_at", "next_attempt_at"),
-        ("launch_session", "actor_sid"),
+        ("launch_session", "actor", "actor_sid"),
+        ("spent_token", "spent_at"),
+        ("ended_sign_in", "ended_at"),
     ):
         for column in columns:
             op.create_index(f"ix_{table}_{column}", table, [column], unique=False)
