@@ -15,6 +15,7 @@ What denies it stands in FORBIDS and DENIES_PATIENT below. No score makes anythi
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from uuid import UUID
 
 from app.matching.codes import MEANING, Code
 from app.matching.evidence import Prepared, Seen
@@ -348,7 +349,13 @@ class _Matching:
             if each.score >= LEAST_SCORE or each.codes & named
         ]
         shown.sort(key=lambda each: each.key)
-        return tuple(each.proposal() for each in shown[:MOST_PROPOSALS])
+        proposals = [each.proposal() for each in shown]
+        # Each patient's best stays, whoever else has many orders: a restricted one's hides the row.
+        best: dict[UUID, Proposal] = {}
+        for each in proposals:
+            best.setdefault(each.patient_id, each)
+        kept = {id(each) for each in best.values()} | set(map(id, proposals[:MOST_PROPOSALS]))
+        return tuple(each for each in proposals if id(each) in kept)
 
 
 def _plainly(code: Code) -> Finding:

@@ -367,6 +367,19 @@ def test_no_more_than_a_screenful_is_proposed() -> None:
     assert scores == sorted(scores, reverse=True)
 
 
+def test_nobody_is_crowded_out_by_the_many_orders_of_another() -> None:
+    """A restricted patient among the candidates hides the study from others: it must be there."""
+    orders = [replace(ORDER, id=UUID(int=100 + n), accession_number=f"X{n}") for n in range(60)]
+    weaker = replace(
+        ORDER,
+        id=UUID(int=900),
+        accession_number="Y",
+        patient=replace(ORDER.patient, id=UUID(int=901), sex="O"),
+    )
+    answer = found(NO_ORDER, *orders, weaker)
+    assert weaker.patient.id in {each.patient_id for each in answer.candidates}
+
+
 @pytest.mark.parametrize("make", [str, lambda text: f"{text[:9]}^{text}"])
 def test_absurdly_long_values_take_no_longer(make: Callable[[str], str]) -> None:
     for text in ("\ud800" * 65536, "ﷺ" * 65536, "a\u0301" * 32768, "^=" * 32768, "?" * 65536):
