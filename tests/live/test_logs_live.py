@@ -304,9 +304,11 @@ def _says_enough(logs: Mapping[str, str]) -> None:
     routes = {(line["method"], line["route"], line["status"]) for line in requests}
     assert ("GET", "/api/v1/patients/{patient_id}", 200) in routes
     assert ("POST", "/api/v1/dicom/upload", 409) in routes
-    instance = "{study_instance_uid}/series/{series_instance_uid}/instances/{sop_instance_uid}"
-    for root in ("/dicom-web", "/s/{ctx}/dicom-web"):
-        assert ("GET", f"{root}/studies/{instance}/frames/{{frames}}", 200) in routes
+    # Of DICOMweb the app tells what it answered itself; what the edge sends is in the edge's log.
+    told = {route for _, route, status in routes if status == 200}
+    assert any(route.startswith("/dicom-web/studies") for route in told)
+    assert any(route.startswith("/s/{ctx}/dicom-web/studies") for route in told)
+    assert not any(route.endswith("/frames/{frames}") for route in told)
     errors = [line for line in lines if "error" in line]
     kinds = {each["type"] for line in errors for each in line["error"]}
     assert {"builtins.RuntimeError", "builtins.KeyError"} <= kinds
