@@ -44,11 +44,15 @@ def utcnow() -> datetime:
     return datetime.now(UTC)
 
 
-def insert_if_absent(session: AsyncSession, table: type[SQLModel], **values: Any) -> sa.Insert:
-    """An INSERT that does nothing where the row is there already, on either database."""
+def insert_if_absent(
+    session: AsyncSession, table: type[SQLModel], *rows: Mapping[str, Any], **values: Any
+) -> sa.Insert:
+    """An INSERT, of one row or several, that does nothing where a row is there already, on either
+    database."""
+    given = list(rows) if rows else [values]
     if session.get_bind().dialect.name == "postgresql":
-        return postgresql.insert(table).values(**values).on_conflict_do_nothing()
-    return sqlite.insert(table).values(**values).on_conflict_do_nothing()
+        return postgresql.insert(table).values(given).on_conflict_do_nothing()
+    return sqlite.insert(table).values(given).on_conflict_do_nothing()
 
 
 class Database:

@@ -74,8 +74,13 @@ class Linker:
         await access.release()
         await self._orthanc.refuse_shared(uid, row.orthanc_id)
         async with self._gate.database.writing():
-            for each in files:
-                await records.keep(access, each.header, each.stored, each.sha256, each.described)
+            await records.keep(
+                access,
+                [
+                    records.Kept(each.header, each.stored, each.sha256, each.described)
+                    for each in files
+                ],
+            )
             owner = await session.get(Study, uid, populate_existing=True)
             if owner is None:
                 raise Conflict("Nothing of this study can be linked.")
@@ -97,6 +102,10 @@ class Linker:
             )
             async with promptly():
                 await self._orthanc.refuse_shared(uid, row.orthanc_id)
+                held = await self._orthanc.study_instances(row.orthanc_id)
+            if not held.issuperset(each.stored.instance_id for each in files):
+                # A deletion, or the taking back of an upload, was faster.
+                raise Conflict("Images of this study were deleted at the same moment.")
             await session.commit()
         await self._tell(access, uid)
 

@@ -1,7 +1,7 @@
 """The list of the studies that wait, as the caller may see them."""
 
 import json
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 from uuid import UUID
@@ -11,7 +11,6 @@ from sqlmodel import col, select
 
 from app.access import PatientAccess, RoleAccess, VisiblePatients
 from app.access.gate import entry_of
-from app.access.policy import clauses, decide
 from app.arrivals.sight import admitted, confirmed, row_of, shown_to
 from app.db import utcnow
 from app.errors import Unprocessable
@@ -140,23 +139,8 @@ async def _shown(window: VisiblePatients, rows: Sequence[Arrival]) -> list[Waiti
         entry = entry_of(window.principal, window.action, window.origin)
         studies = [each.row.study_instance_uid for each in shown]
         await window.gate.trail.record(replace(entry, detail={"studies": studies}))
-    await _disclose(window, disclosed)
+    await window.disclose(disclosed)
     return shown
-
-
-async def _disclose(window: VisiblePatients, patient_ids: Collection[UUID]) -> None:
-    """Record whose data the list shows, and of whom only because the glass was broken."""
-    holds = clauses(window.principal, utcnow())
-    relations = [each.label(relation.name) for relation, each in holds.items()]
-    query = sa.select(col(Patient.id), *relations).where(col(Patient.id).in_(patient_ids))
-    entry = entry_of(window.principal, window.action, window.origin)
-    records = []
-    for patient_id, *held in (await (await window.session.connection()).execute(query)).all():
-        ties = [relation for relation, holding in zip(holds, held, strict=True) if holding]
-        purpose = decide(window.principal, window.action, ties).purpose_of_use
-        records.append(replace(entry, patient_id=patient_id, purpose_of_use=purpose))
-    if records:
-        await window.gate.trail.record(*records)
 
 
 async def _whole(

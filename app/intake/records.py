@@ -1,6 +1,8 @@
 """What is known of a stored file: its study, series, instance, and the orders it answers."""
 
 import json
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from sqlmodel import col, select
@@ -15,6 +17,8 @@ from app.intake.identity import Differences
 from app.models import Instance, Order, OrderStudy, Patient, Series, Study, folded, new_generation
 from app.orderlife import images_changed, orders_of
 from app.orthanc import Stored
+
+_AT_ONCE = 200  # rows of a statement
 
 
 def patient_id_of(header: Header) -> str:
@@ -95,7 +99,7 @@ async def link(
 ) -> None:
     """Write study, series, instance, link and record. Raises Conflict if another was faster."""
     uid = header.study_instance_uid
-    await keep(access, header, stored, digest, described)
+    await keep(access, [Kept(header, stored, digest, described)])
     await answer_order(access, uid)
     # It may have been linked to other orders before.
     moved = await images_changed(
@@ -140,82 +144,123 @@ async def answer_order(access: PatientAccess, study_instance_uid: str) -> None:
     )
 
 
-async def keep(
-    access: PatientAccess, header: Header, stored: Stored, digest: str, described: Described
-) -> None:
-    """Write study, series and instance. Raises Conflict if another was faster."""
-    session, uid = access.session, header.study_instance_uid
-    await journal.hold(session, stored.instance_id)
-    await session.exec(
-        insert_if_absent(
-            session,
-            Study,
-            study_instance_uid=uid,
-            patient_id=access.patient.id,
-            orthanc_id=stored.study_id,
-            dicom_patient_id=patient_id_of(header),
-            patient_name=header.patient_name,
-            patient_birth_date=header.patient_birth_date,
-            patient_sex=header.patient_sex,
-            study_date=header.study_date,
-            study_time=header.study_time,
-            study_description=header.study_description,
-            accession_number=header.accession_number,
-            folded_name=folded(header.patient_name),
-            folded_description=folded(header.study_description),
-            folded_referring_physician=folded(described.referring_physician),
-            study_id=described.study_id,
-            attributes=_json(described.study),
-            generation=new_generation(),
-        )
-    )
-    await session.exec(
-        insert_if_absent(
-            session,
-            Series,
-            series_instance_uid=header.series_instance_uid,
-            study_instance_uid=uid,
-            modality=header.modality,
-            series_number=header.series_number,
-            series_description=header.series_description,
-            attributes=_json(described.series),
-        )
-    )
-    await session.exec(
-        insert_if_absent(
-            session,
-            Instance,
-            sop_instance_uid=header.sop_instance_uid,
-            series_instance_uid=header.series_instance_uid,
-            study_instance_uid=uid,
-            orthanc_id=stored.instance_id,
-            sop_class_uid=header.sop_class_uid,
-            transfer_syntax_uid=header.transfer_syntax_uid,
-            number_of_frames=header.number_of_frames,
-            instance_number=header.instance_number,
-            rows=described.rows,
-            columns=described.columns,
-            attributes=_json(described.instance),
-            received_sha256=digest,
-            received_by=access.principal.sub,
-        )
-    )
-    study = await session.get(Study, uid, populate_existing=True)
-    series = await session.get(Series, header.series_instance_uid, populate_existing=True)
-    instance = await session.get(Instance, header.sop_instance_uid, populate_existing=True)
-    if (
-        study is None
-        or series is None
-        or instance is None
-        or study.patient_id != access.patient.id
-        or series.study_instance_uid != uid
-        or instance.orthanc_id != stored.instance_id
-        or instance.received_sha256 != digest
+@dataclass(frozen=True)
+class Kept:
+    """A file that Orthanc has, and what was read of it. `sha256` of the file as it came."""
+
+    header: Header
+    stored: Stored
+    sha256: str
+    described: Described
+
+
+async def keep(access: PatientAccess, files: Sequence[Kept]) -> None:
+    """Write study, series and instances of one study's files. Many go into few statements: nobody
+    else writes to SQLite meanwhile. Raises Conflict if another was faster."""
+    session = access.session
+    for each in sorted({file.stored.instance_id for file in files}):
+        await journal.hold(session, each)
+    studies = {file.header.study_instance_uid: file for file in files}
+    series = {file.header.series_instance_uid: file for file in files}
+    for table, rows in (
+        (Study, [_study(access, each) for each in studies.values()]),
+        (Series, [_series(each) for each in series.values()]),
+        (Instance, [_instance(access, each) for each in files]),
     ):
+        for start in range(0, len(rows), _AT_ONCE):
+            await session.exec(insert_if_absent(session, table, *rows[start : start + _AT_ONCE]))
+    if not await _are_ours(access, files):
         raise Conflict(
             "The same UIDs were stored with other content, or for another patient or study, "
-            "at the same moment. Nothing was kept of this file."
+            "at the same moment. Nothing was kept of this."
         )
+
+
+async def _are_ours(access: PatientAccess, files: Sequence[Kept]) -> bool:
+    """Do the rows that are there now say of each file what it is?"""
+    expected = {
+        file.header.sop_instance_uid: (
+            access.patient.id,
+            file.header.study_instance_uid,
+            file.header.study_instance_uid,
+            file.header.series_instance_uid,
+            file.stored.instance_id,
+            file.sha256,
+        )
+        for file in files
+    }
+    named, found = sorted(expected), {}
+    for start in range(0, len(named), _AT_ONCE):
+        rows = await access.session.exec(
+            select(
+                Instance.sop_instance_uid,
+                Study.patient_id,
+                Instance.study_instance_uid,
+                Series.study_instance_uid,
+                Instance.series_instance_uid,
+                Instance.orthanc_id,
+                Instance.received_sha256,
+            )  # type: ignore[call-overload]
+            .join(Study, col(Study.study_instance_uid) == col(Instance.study_instance_uid))
+            .join(Series, col(Series.series_instance_uid) == col(Instance.series_instance_uid))
+            .where(col(Instance.sop_instance_uid).in_(named[start : start + _AT_ONCE]))
+        )
+        found.update({row[0]: tuple(row[1:]) for row in rows})
+    return found == expected
+
+
+def _study(access: PatientAccess, file: Kept) -> dict[str, Any]:
+    header, described = file.header, file.described
+    return {
+        "study_instance_uid": header.study_instance_uid,
+        "patient_id": access.patient.id,
+        "orthanc_id": file.stored.study_id,
+        "dicom_patient_id": patient_id_of(header),
+        "patient_name": header.patient_name,
+        "patient_birth_date": header.patient_birth_date,
+        "patient_sex": header.patient_sex,
+        "study_date": header.study_date,
+        "study_time": header.study_time,
+        "study_description": header.study_description,
+        "accession_number": header.accession_number,
+        "folded_name": folded(header.patient_name),
+        "folded_description": folded(header.study_description),
+        "folded_referring_physician": folded(described.referring_physician),
+        "study_id": described.study_id,
+        "attributes": _json(described.study),
+        "generation": new_generation(),
+    }
+
+
+def _series(file: Kept) -> dict[str, Any]:
+    header = file.header
+    return {
+        "series_instance_uid": header.series_instance_uid,
+        "study_instance_uid": header.study_instance_uid,
+        "modality": header.modality,
+        "series_number": header.series_number,
+        "series_description": header.series_description,
+        "attributes": _json(file.described.series),
+    }
+
+
+def _instance(access: PatientAccess, file: Kept) -> dict[str, Any]:
+    header, described = file.header, file.described
+    return {
+        "sop_instance_uid": header.sop_instance_uid,
+        "series_instance_uid": header.series_instance_uid,
+        "study_instance_uid": header.study_instance_uid,
+        "orthanc_id": file.stored.instance_id,
+        "sop_class_uid": header.sop_class_uid,
+        "transfer_syntax_uid": header.transfer_syntax_uid,
+        "number_of_frames": header.number_of_frames,
+        "instance_number": header.instance_number,
+        "rows": described.rows,
+        "columns": described.columns,
+        "attributes": _json(described.instance),
+        "received_sha256": file.sha256,
+        "received_by": access.principal.sub,
+    }
 
 
 def _json(attributes: dict[str, Any]) -> str:

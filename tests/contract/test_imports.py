@@ -65,7 +65,7 @@ async def until(
     lightbox: Lightbox, import_id: str, good: Callable[[Any], bool] | None = None
 ) -> Any:
     """The import, once it is as asked: over, by default."""
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 60
     while True:
         found = await show(lightbox, import_id, limit="200")
         if (good or (lambda each: each["state"] != "open"))(found):
@@ -502,7 +502,7 @@ async def test_a_living_process_keeps_its_claim(
     fake_orthanc.held = asyncio.Event()
     import_id = await begin(lightbox, 1)
     await send(lightbox, import_id, mine(world))
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 60
     while not rows(lightbox, "SELECT 1 FROM dicom_import WHERE claimed_by != ''"):
         assert time.monotonic() < deadline
         await asyncio.sleep(0.02)

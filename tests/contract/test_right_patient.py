@@ -190,7 +190,7 @@ async def test_an_archive_that_hangs_stops_only_who_needs_it(
     fake_orthanc.held = asyncio.Event()
     link = f"/api/v1/dicom/viewer/url/order/{world.my_order['id']}"
     waiting = [asyncio.create_task(lightbox.ask("clinician", "GET", link)) for _ in range(40)]
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(60):
         for _ in range(3):
             assert (await lightbox.ask("clinician", "GET", "/api/v1/patients")).status_code == 200
     assert not any(each.done() for each in waiting)

@@ -19,7 +19,7 @@ from tests.lightbox import Lightbox
 from tests.live.conftest import settings_for, unique
 
 STABLE_SECONDS = 1
-DEADLINE_SECONDS = 30.0
+DEADLINE_SECONDS = 120.0
 
 
 class QuickOrthanc(OrthancServer):

@@ -244,7 +244,7 @@ class Log:
 
     def of(self, request_id: str, count: int) -> list[Any]:
         """The lines of a request, when there are `count`: nginx writes after it has answered."""
-        deadline = time.monotonic() + 10
+        deadline = time.monotonic() + 60
         while len(self.lines.get(request_id, [])) < count:
             assert time.monotonic() < deadline, f"{request_id} is not in the edge's log"
             self._read()

@@ -999,11 +999,11 @@ def test_two_thousand_slow_senders_close_nothing(
         for connection in slow:
             poll.register(connection, select.POLLIN)
         while len(poll.poll(0)) < senders - allowed:
-            assert time.monotonic() < began + 10, "too many are let in"
+            assert time.monotonic() < began + 60, "too many are let in"
             time.sleep(0.1)
         assert len(poll.poll(0)) == senders - allowed
         while len(poll.poll(0)) < senders:
-            assert time.monotonic() < began + 30, "slow senders are kept"
+            assert time.monotonic() < began + 90, "slow senders are kept"
             time.sleep(0.1)
         assert time.monotonic() > began + 14
         assert sum(connection.recv(20) == b"" for connection in slow) == allowed
@@ -1041,7 +1041,7 @@ def test_an_exhausted_edge_logs_no_launch_code(
             connection = socket.create_connection((LOOPBACK, edge.viewer_port), timeout=5)
             waiting.append(open_connections.enter_context(connection))
             connection.sendall(request[:-2])
-        deadline = time.monotonic() + 5
+        deadline = time.monotonic() + 60
         while unread_bytes(edge.viewer_port) > 0:  # until nginx has read them all
             assert time.monotonic() < deadline, "nginx does not read"
             time.sleep(0.01)
@@ -1087,7 +1087,7 @@ def test_the_log_tells_no_query_and_no_cookie(edge: Edge, app: RecordingApp) -> 
     headers = {"Cookie": "lightbox=cookie-value", "X-Request-ID": "logged-request"}
     ask(edge.viewer_port, "/viewer?launch=one-time-code", headers=headers)
     ask(edge.api_port, "/api/v1/patients?mrn=MRN-4711", headers=headers)
-    deadline = time.monotonic() + 5  # nginx writes the line after the answer
+    deadline = time.monotonic() + 60  # nginx writes the line after the answer
     while edge.access_log_path.read_text().count("logged-request") < 2:
         assert time.monotonic() < deadline, "the requests were not logged"
         time.sleep(0.02)

@@ -347,14 +347,14 @@ async def test_progress_comes_through_the_edge_as_it_happens(
         assert sent.status_code == 201, sent.text
         # Each time another connection, from the last event of the one before: had the edge kept
         # anything back, this would wait for a file that is only sent afterwards.
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(60):
             async for event in stream(site, made["id"], last):
                 last = event.get("id", last)
                 seen.append(event)
                 linked = [e for e in seen if e["event"] == "file" and '"linked"' in e["data"]]
                 if len(linked) == number + 1:
                     break
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(60):
         seen.extend([event async for event in stream(site, made["id"], last)])
     ids = [int(each["id"]) for each in seen if "id" in each]
     assert ids == sorted(ids)

@@ -133,7 +133,7 @@ Asking = Callable[[str], Awaitable[httpx.Response]]
 
 async def until(ask: Asking, path: str, status: int) -> httpx.Response:
     """The answer, when it has this status: what was asked for within a second is believed."""
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 60
     while (answer := await ask(path)).status_code != status:
         assert time.monotonic() < deadline, (path, answer.status_code, answer.text)
         await asyncio.sleep(0.05)

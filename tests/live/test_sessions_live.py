@@ -52,7 +52,7 @@ class Pair:
     def wait_for(self, condition: str, *values: object) -> None:
         """Until what is committed fulfils it; with a deadline."""
         owner = self.database.owner.replace("postgresql+psycopg", "postgresql")
-        deadline = time.monotonic() + 20
+        deadline = time.monotonic() + 60
         with psycopg.connect(owner, autocommit=True) as connection:
             while time.monotonic() < deadline:
                 row = connection.execute(f"SELECT {condition}", values).fetchone()

@@ -154,7 +154,7 @@ async def test_a_sender_that_goes_away_leaves_what_was_whole(
     )
     with socket.create_connection(("localhost", full.edge.api_port), timeout=10) as connection:
         connection.sendall(head.encode() + PART + first + b"\r\n" + PART + second)
-        with anyio.fail_after(20):
+        with anyio.fail_after(60):
             while kept_as(full.archive, sop_uid_of(first)) is None:  # noqa: ASYNC110
                 await anyio.sleep(0.05)
     assert kept_as(full.archive, sop_uid_of(first)) == first

@@ -45,7 +45,7 @@ from tests.live.conftest import (
 )
 from tests.servers import PostgresServer
 
-SECONDS = 30.0
+SECONDS = 120.0
 
 
 async def eventually(condition: Callable[[], bool], what: str) -> None:

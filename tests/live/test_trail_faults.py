@@ -347,7 +347,7 @@ async def test_who_stops_with_the_chain_in_hand_loses_it(
         pytest.skip("the lock of a file ends with its process")
     with psycopg.connect(psycopg_url(database.app)) as stopped:
         stopped.execute(impatient.encode())
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(60):
             while True:
                 with suppress(AuditUnavailable):
                     await trail.record(entry("after"))

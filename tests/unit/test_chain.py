@@ -446,7 +446,7 @@ def settings(url: str, folder: Path, **more: Any) -> TrailSettings:
 
 
 async def until(condition: Any) -> None:
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(60):
         while not condition():  # noqa: ASYNC110  (the condition is another's)
             await asyncio.sleep(0.01)
 

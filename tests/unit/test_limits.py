@@ -155,7 +155,7 @@ async def test_the_summing_up_goes_on_after_an_error_and_ends_with_the_app(
         await try_(tries, "192.0.2.1")
     trail.down = True
     task = asyncio.create_task(tries.run())
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(60):
         while caplog.text.count("not summed up") < 2:  # noqa: ASYNC110
             await asyncio.sleep(0.001)
     assert trail.summaries == []

@@ -35,7 +35,7 @@ from tests.fake_orthanc import URL, FakeOrthanc
 from tests.images import ct_image
 from tests.lightbox import Lightbox, make_settings, running
 
-SOON_SECONDS = 10.0
+SOON_SECONDS = 60.0
 ORDER_ID = UUID("0f8b1c6e-6f3a-4c7d-9a51-2f1f5c9d7e10")
 
 
