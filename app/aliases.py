@@ -1,7 +1,7 @@
 """Patients who were merged: who survives, and under which numbers they are known besides.
 
 A merge retires one patient into another, who may be retired into a third later: a chain that ends
-with somebody who is not, and never in a circle (`app.merging`).
+with somebody who is not, and never in a circle (`app.patients.merging`).
 """
 
 from collections.abc import Collection

@@ -22,7 +22,7 @@ from sqlmodel.ext.asyncio.session import AsyncSession
 from app.access import PatientAccess, Relation
 from app.aliases import retired_into
 from app.audit import Action, Outcome
-from app.known import Known, look_up
+from app.audit.known import Known, look_up
 from app.models import AuditRecord, LaunchSession, MergedRow, Order, PatientMerge, Study
 
 ROWS_AT_ONCE = 500

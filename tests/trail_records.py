@@ -8,7 +8,7 @@ from typing import Any
 from uuid import UUID
 
 from app.audit import Action, Outcome
-from app.known import Known, KnownPatient, KnownStudy
+from app.audit.known import Known, KnownPatient, KnownStudy
 from app.models import AuditRecord
 
 PATIENT = UUID("83f66213-0412-4df3-a4cc-43cb50b1ffa3")

@@ -20,8 +20,8 @@ from sqlmodel import col, select
 
 from app.atna.messages import Reporter, audit_message
 from app.atna.syslog import NotDelivered, Receiver, syslog_message
+from app.audit.known import look_up
 from app.db import Database, insert_if_absent, utcnow
-from app.known import look_up
 from app.models import AuditRecord, ExportPosition
 from app.settings import Settings
 

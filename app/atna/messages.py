@@ -24,7 +24,7 @@ from app.atna.events import (
     outcome_indicator,
 )
 from app.audit import Outcome
-from app.known import Known, studies_of
+from app.audit.known import Known, studies_of
 from app.models import AuditRecord
 
 _APPLICATION = dcm("110150", "Application")

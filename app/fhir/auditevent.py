@@ -15,9 +15,9 @@ from typing import Any
 from urllib.parse import urlencode
 
 from app.audit import Outcome
+from app.audit.known import Known, studies_of
 from app.fhir import codes
 from app.fhir.codes import CHANGES, Json, Kind, coding, kind_of, outcome_code
-from app.known import Known, studies_of
 from app.models import AuditRecord
 
 

@@ -14,16 +14,15 @@ import anyio.to_thread
 import sqlalchemy as sa
 from sqlmodel import col
 
-from app import archives
 from app.access import Denial, Gate, RoleAccess
 from app.access.gate import entry_of
-from app.archives import Entry, ZipLimits
 from app.audit import Action, Origin
 from app.db import utcnow
 from app.dicom import Header
 from app.errors import LightboxError, Unavailable
 from app.imports.rows import Key, Rows, read_principal
-from app.intake import Intake, Target
+from app.intake import Intake, Target, archives
+from app.intake.archives import Entry, ZipLimits
 from app.models import PENDING, FileState, Import, ImportFile, ImportState
 from app.orthanc import Orthanc, Stored
 from app.settings import Settings

@@ -10,11 +10,10 @@ from fastapi import Depends, Query, Request, Response
 from pydantic import BaseModel, Field, StringConstraints
 from sqlmodel import col, select
 
-from app import glass
-from app.access import Caller, RoleAccess
+from app.access import Caller, RoleAccess, glass
+from app.access.glass import GlassReason
 from app.audit import Action
 from app.errors import Unprocessable
-from app.glass import GlassReason
 from app.models import BrokenGlass
 from app.routes.paging import Cursor, Limit, link_next, time_cursor
 from app.routing import AccessRouter

@@ -10,6 +10,7 @@ from sqlmodel import col, select
 from app import __version__
 from app.access import Caller, Public, RoleAccess
 from app.audit import Action
+from app.audit.known import look_up
 from app.dicomweb.media import accepted
 from app.errors import NotAcceptable, NotFound
 from app.fhir import (
@@ -23,7 +24,6 @@ from app.fhir import (
     searchset,
 )
 from app.inert import inert_json
-from app.known import look_up
 from app.models import AuditRecord
 from app.routing import AccessRouter
 from app.settings import Settings

@@ -9,11 +9,11 @@ from fastapi import BackgroundTasks, Depends, Request
 from pydantic import BaseModel, Field, StringConstraints
 from sqlmodel import col
 
-from app import merging
 from app.access import Caller, RoleAccess, Subject
 from app.audit import Action
-from app.merging import Decisions
 from app.models import LaunchSession, RestrictionLevel
+from app.patients import merging
+from app.patients.merging import Decisions
 from app.routing import AccessRouter
 from app.viewer import Viewer
 from app.viewer.endings import EndedBecause

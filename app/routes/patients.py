@@ -13,12 +13,12 @@ from sqlmodel import col, select
 from app.access import Caller, Grant, PatientAccess, RoleAccess, Subject, Visible, VisiblePatients
 from app.aliases import retired_into, survivors
 from app.audit import Action
-from app.contradictions import contradictions
 from app.db import insert_if_absent, utcnow
 from app.dicom import PatientIdentifier, person_name
 from app.errors import Conflict, Unprocessable
-from app.merging import look_again
 from app.models import CareTeamMember, LaunchSession, LaunchStudy, Patient, Study
+from app.patients.contradictions import contradictions
+from app.patients.merging import look_again
 from app.routes.paging import Cursor, Limit, link_next, uuid_cursor
 from app.routes.times import UtcTime
 from app.routing import AccessRouter

@@ -15,13 +15,12 @@ from pydantic import BaseModel
 from starlette.background import BackgroundTask
 from starlette.datastructures import FormData, UploadFile
 
-from app import archives
 from app.access import Caller, RoleAccess
-from app.archives import ZipLimits
 from app.audit import Action
 from app.dicom import changes_from_json, read_tags, rewrite
 from app.errors import DatabaseUnavailable, LightboxError, Unprocessable
-from app.intake import Intake, Receipt, Target
+from app.intake import Intake, Receipt, Target, archives
+from app.intake.archives import ZipLimits
 from app.routes.forms import files_of, flag_of, form_schema, multipart_form, text_of, uuid_of
 from app.routing import AccessRouter
 from app.settings import Settings

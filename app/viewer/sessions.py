@@ -21,8 +21,16 @@ import sqlalchemy as sa
 from sqlmodel import col, select
 from sqlmodel.ext.asyncio.session import AsyncSession
 
-from app import glass
-from app.access import Denial, Gate, PatientAccess, Reason, SessionAccess, StudyAccess, Subject
+from app.access import (
+    Denial,
+    Gate,
+    PatientAccess,
+    Reason,
+    SessionAccess,
+    StudyAccess,
+    Subject,
+    glass,
+)
 from app.access.policy import BREAK_THE_GLASS
 from app.audit import Action, AuditTrail, Entry, Origin, Outcome
 from app.db import Database, Reader, utcnow

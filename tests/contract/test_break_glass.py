@@ -10,7 +10,7 @@ import pytest
 import sqlalchemy as sa
 
 from app.access.ehr import Question, Verdict
-from app.glass import GlassReason
+from app.access.glass import GlassReason
 from tests.contract.test_sessions import reason, seal
 from tests.contract.test_viewer import assert_refused, redeem, sign_of_life
 from tests.fake_orthanc import URL, FakeOrthanc

@@ -14,9 +14,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from app import archives
-from app.archives import ZipLimits
 from app.errors import TooLarge, Unprocessable
+from app.intake import archives
+from app.intake.archives import ZipLimits
 
 MEGABYTE = 1024 * 1024
 LIMITS = ZipLimits(max_bytes=8 * MEGABYTE, max_files=20, max_ratio=200)

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from app.atna import Reporter, audit_message
 from app.atna.syslog import Receiver, syslog_message
 from app.audit import Action
-from app.known import Known, KnownStudy
+from app.audit.known import Known, KnownStudy
 from app.models import AuditRecord
 from app.settings import Settings
 from tests.audit_schema import event_faults, schema_faults

@@ -16,10 +16,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from app.audit import Action
+from app.audit.known import Known, KnownStudy
 from app.errors import Unprocessable
 from app.fhir import Server, audit_event, capability_statement, operation_outcome, read_search
 from app.fhir.search import read_date
-from app.known import Known, KnownStudy
 from app.models import AuditRecord
 from tests.audit_schema import BASE, balp_faults
 from tests.trail_records import ORDER, PATIENT, STUDY, WHOSE, every_record, known, record

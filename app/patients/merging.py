@@ -23,7 +23,6 @@ from app.access import PatientAccess
 from app.aliases import refuse_retired
 from app.db import insert_if_absent, utcnow
 from app.errors import Conflict, Unprocessable
-from app.mergedrights import join_rights, part_rights
 from app.models import (
     Arrival,
     ArrivalCandidate,
@@ -38,6 +37,7 @@ from app.models import (
     Study,
 )
 from app.orderlife import images_changed
+from app.patients.rights import join_rights, part_rights
 
 _AT_ONCE = 500  # values of one IN
 _MOVED: Sequence[tuple[str, Any, Any]] = (
