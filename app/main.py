@@ -2,8 +2,9 @@
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager, suppress
+from collections.abc import AsyncIterator, Coroutine
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
+from typing import Any, Protocol, TypeVar
 
 import httpx
 import sqlalchemy as sa
@@ -68,95 +69,61 @@ def create_app(settings: Settings) -> FastAPI:
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        database = Database(settings.database_url)
-        # A pool of its own: a request that holds a business connection never waits, for its
-        # record, on another request that does the same.
-        trail_database = Database(settings.database_url, beside=database)
-        trail = AuditTrail(trail_database)
-        reader = Reader(settings.database_url)
-        orthanc = Orthanc.from_settings(settings)
-        async with httpx.AsyncClient(timeout=10.0) as client:
-            try:
-                await database.verify()
-                await reader.open()
-                await trail.record(_of_process(Action.APPLICATION_START))
-                verifier = TokenVerifier(settings, client)
-                ehr = Ehr.from_settings(settings, client)
-                gate = Gate(database, trail, verifier, ehr, settings.failed_sign_ins_per_minute)
-                app.state.launches = Launches(settings.launches_per_minute)
-                app.state.import_streams = Streams()
-                app.state.settings = settings
-                app.state.database = database
-                app.state.orthanc = orthanc
-                app.state.gate = gate
-                app.state.intake = Intake(settings, orthanc)
-                app.state.studies = StudyGate(reader, gate.trail, ehr)
-                app.state.viewer = Viewer(settings, database, gate, orthanc, reader)
-                app.state.searches = Searches(reader)
-                app.state.freshness = Freshness(orthanc)
-                app.state.metadata = Metadata(database, orthanc, app.state.freshness)
-                app.state.worklist = Worklist(settings, database, gate.trail, orthanc)
-                app.state.follower = _follower(settings, database, gate, orthanc, app)
-                recovery = Recovery(
-                    settings, gate, orthanc, app.state.viewer, app.state.worklist.wake
-                )
-                app.state.recovery = recovery
-                await recovery.begin()
-                app.state.imports = Imports(settings, gate, orthanc)
-                await app.state.imports.open()
-                recovering = asyncio.create_task(recovery.run())
-                importing = asyncio.create_task(app.state.imports.run())
-                following = asyncio.create_task(app.state.follower.run())
-                listing = asyncio.create_task(app.state.worklist.run())
-                vouching = asyncio.create_task(Checkpoints(settings, trail_database).run())
-                feed = Feed(settings, trail_database)
-                feeding = asyncio.create_task(feed.run())
-                upkeep = asyncio.create_task(_upkeep(app.state.viewer))
-                sending = asyncio.create_task(Notifications(settings, database).run())
-                counting = asyncio.create_task(gate.failed_tries.run())
-                try:
-                    yield
-                finally:
-                    upkeep.cancel()
-                    importing.cancel()
-                    with suppress(asyncio.CancelledError):
-                        await importing
-                    following.cancel()
-                    with suppress(asyncio.CancelledError):
-                        await following
-                    listing.cancel()
-                    sending.cancel()
-                    counting.cancel()
-                    await app.state.metadata.close()
-                    with suppress(asyncio.CancelledError):
-                        await upkeep
-                    with suppress(asyncio.CancelledError):
-                        await listing
-                    with suppress(asyncio.CancelledError):
-                        await sending
-                    with suppress(asyncio.CancelledError):
-                        await counting
-                    try:
-                        await app.state.viewer.flush()
-                    except sa.exc.SQLAlchemyError as error:
-                        logger.error("the last counts were not written: %s", type(error).__name__)
-                    recovering.cancel()
-                    with suppress(asyncio.CancelledError):
-                        await recovering
-                    with suppress(AuditUnavailable):  # logged
-                        await trail.record(_of_process(Action.APPLICATION_STOP))
-                    await trail.close()
-                    feed.stop()
-                    await feeding
-                    vouching.cancel()
-                    with suppress(asyncio.CancelledError):
-                        await vouching
-            finally:
-                await trail.close()
-                await orthanc.close()
-                await reader.close()
-                await database.close()
-                await trail_database.close()
+        # What is opened last is closed first.
+        async with AsyncExitStack() as stack:
+            database = await stack.enter_async_context(_closing(Database(settings.database_url)))
+            # A pool of its own: a request that holds a business connection never waits, for its
+            # record, on another request that does the same.
+            trail_database = await stack.enter_async_context(
+                _closing(Database(settings.database_url, beside=database))
+            )
+            reader = await stack.enter_async_context(_closing(Reader(settings.database_url)))
+            orthanc = await stack.enter_async_context(_closing(Orthanc.from_settings(settings)))
+            client = await stack.enter_async_context(httpx.AsyncClient(timeout=10.0))
+            await database.verify()
+            await reader.open()
+            vouching = Checkpoints(settings, trail_database)
+            await stack.enter_async_context(_running(vouching.run()))
+            await stack.enter_async_context(_feeding(Feed(settings, trail_database)))
+            trail = await stack.enter_async_context(_closing(AuditTrail(trail_database)))
+            await stack.enter_async_context(_on_record(trail))
+
+            verifier = TokenVerifier(settings, client)
+            ehr = Ehr.from_settings(settings, client)
+            gate = Gate(database, trail, verifier, ehr, settings.failed_sign_ins_per_minute)
+            app.state.launches = Launches(settings.launches_per_minute)
+            app.state.import_streams = Streams()
+            app.state.settings = settings
+            app.state.database = database
+            app.state.orthanc = orthanc
+            app.state.gate = gate
+            app.state.intake = Intake(settings, orthanc)
+            app.state.studies = StudyGate(reader, gate.trail, ehr)
+            app.state.viewer = Viewer(settings, database, gate, orthanc, reader)
+            app.state.searches = Searches(reader)
+            app.state.freshness = Freshness(orthanc)
+            app.state.metadata = Metadata(database, orthanc, app.state.freshness)
+            app.state.worklist = Worklist(settings, database, gate.trail, orthanc)
+            app.state.follower = _follower(settings, database, gate, orthanc, app)
+            recovery = Recovery(settings, gate, orthanc, app.state.viewer, app.state.worklist.wake)
+            app.state.recovery = recovery
+            await recovery.begin()
+            app.state.imports = Imports(settings, gate, orthanc)
+            await app.state.imports.open()
+
+            await stack.enter_async_context(_running(recovery.run()))
+            stack.push_async_callback(_write_counts, app.state.viewer)
+            stack.push_async_callback(app.state.metadata.close)
+            for each in (
+                gate.failed_tries.run(),
+                Notifications(settings, database).run(),
+                app.state.worklist.run(),
+                app.state.follower.run(),
+                app.state.imports.run(),
+                _upkeep(app.state.viewer),
+            ):
+                await stack.enter_async_context(_running(each))
+            yield
 
     # Swagger UI from its own files: a hospital network reaches no CDN.
     app = FastAPIOffline(
@@ -209,8 +176,64 @@ def _follower(
     return Follower(settings, database, gate, orthanc, app.state.intake, ready, worklist.wake)
 
 
+class _Closable(Protocol):
+    async def close(self) -> None: ...
+
+
+_Opened = TypeVar("_Opened", bound=_Closable)
+
+
+@asynccontextmanager
+async def _closing(opened: _Opened) -> AsyncIterator[_Opened]:
+    try:
+        yield opened
+    finally:
+        await opened.close()
+
+
+@asynccontextmanager
+async def _running(work: Coroutine[Any, Any, None]) -> AsyncIterator[None]:
+    """Beside the app, for as long as it lives."""
+    task = asyncio.create_task(work)
+    try:
+        yield
+    finally:
+        task.cancel()
+        with suppress(asyncio.CancelledError):
+            await task
+
+
+@asynccontextmanager
+async def _feeding(feed: Feed) -> AsyncIterator[None]:
+    """It ends by itself, when what it is sending has been sent."""
+    task = asyncio.create_task(feed.run())
+    try:
+        yield
+    finally:
+        feed.stop()
+        await task
+
+
+@asynccontextmanager
+async def _on_record(trail: AuditTrail) -> AsyncIterator[None]:
+    """The start of this process, without which it does not run, and its end."""
+    await trail.record(_of_process(Action.APPLICATION_START))
+    try:
+        yield
+    finally:
+        with suppress(AuditUnavailable):  # logged
+            await trail.record(_of_process(Action.APPLICATION_STOP))
+
+
 def _of_process(action: Action) -> Entry:
     return Entry(action=action, outcome=Outcome.DONE, origin=Origin(request_id="upkeep"))
+
+
+async def _write_counts(viewer: Viewer) -> None:
+    try:
+        await viewer.flush()
+    except sa.exc.SQLAlchemyError as error:
+        logger.error("the last counts were not written: %s", type(error).__name__)
 
 
 async def _upkeep(viewer: Viewer) -> None:
