@@ -10,6 +10,7 @@ import sqlite3
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime
+from functools import cache
 from importlib.resources import files
 from typing import Any
 
@@ -53,6 +54,23 @@ def insert_if_absent(
     if session.get_bind().dialect.name == "postgresql":
         return postgresql.insert(table).values(given).on_conflict_do_nothing()
     return sqlite.insert(table).values(given).on_conflict_do_nothing()
+
+
+async def add_absent(
+    session: AsyncSession, table: type[SQLModel], rows: Sequence[Mapping[str, Any]]
+) -> None:
+    """Insert rows that name the same columns; does nothing where one is there already."""
+    connection = await session.connection()
+    await connection.execute(_absent(table, connection.dialect.name), rows)
+
+
+@cache
+def _absent(table: type[SQLModel], dialect: str) -> sa.Insert:
+    """Without rows: it is compiled once for all of them."""
+    columns: Any = table.__table__  # type: ignore[attr-defined]
+    if dialect == "postgresql":
+        return postgresql.insert(columns).on_conflict_do_nothing()
+    return sqlite.insert(columns).on_conflict_do_nothing()
 
 
 class Database:
@@ -147,10 +165,11 @@ class Prepared:
             for bind, name in compiled.bind_names.items()
             if (process := bind.type.dialect_impl(dialect).bind_processor(dialect))
         }
-        self.results = [
-            column.type.dialect_impl(dialect).result_processor(dialect, None)
-            for column in statement.selected_columns
-        ]
+        self.results = {
+            index: process
+            for index, column in enumerate(statement.selected_columns)
+            if (process := column.type.dialect_impl(dialect).result_processor(dialect, None))
+        }
 
     def parameters(self, values: Mapping[str, Any]) -> Any:
         """The values as the driver takes them."""
@@ -161,10 +180,10 @@ class Prepared:
 
     def read(self, row: Sequence[Any]) -> tuple[Any, ...]:
         """A driver's row as values of the statement's types."""
-        return tuple(
-            value if process is None else process(value)
-            for process, value in zip(self.results, row, strict=True)
-        )
+        values = list(row)
+        for index, process in self.results.items():
+            values[index] = process(values[index])
+        return tuple(values)
 
 
 class Reader:

@@ -6,7 +6,7 @@ import sqlalchemy as sa
 
 from app import journal, linking
 from app.access import PatientAccess
-from app.db import Database
+from app.audit import AuditTrail
 from app.errors import Conflict
 from app.linking import Unlinked
 from app.orthanc import Orthanc, promptly
@@ -15,7 +15,7 @@ from app.viewer import Viewer
 
 async def delete_study(
     access: PatientAccess,
-    parts: tuple[Database, Orthanc, Viewer],
+    parts: tuple[AuditTrail, Orthanc, Viewer],
     why: str,
     **said: Any,
 ) -> tuple[Unlinked, int]:
@@ -24,10 +24,10 @@ async def delete_study(
 
     Safe to repeat. Raises Conflict where images arrived meanwhile, OrthancUnavailable.
     """
-    database, orthanc, viewer = parts
+    trail, orthanc, viewer = parts
     assert access.study is not None
     await access.release()
-    await journal.will_delete(database, access, access.study.orthanc_id, why)
+    await journal.will_delete(trail, access, access.study.orthanc_id, why)
     await orthanc.delete_study(access.study.orthanc_id)
     ended = await viewer.end_study_sessions(access)
     try:

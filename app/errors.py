@@ -14,6 +14,8 @@ LightboxError                     status  said to the caller as RFC 9457 problem
 ├── TooManyRequests                  429  more than the limit; with Retry-After
 ├── Unprocessable                    422  the request's own form
 │   └── MalformedDicom               422  DICOM, but truncated, too deep, or with bad values
+├── Nonconforming                    422  a file that lacks what its IOD requires, by setting
+├── NotValidated                     422  a file of which that could not be found out, by setting
 └── Unavailable                      503  with Retry-After
     ├── OrthancUnavailable           503  the PACS doesn't answer, or answers nonsense
     ├── DatabaseUnavailable          503  the database doesn't answer
@@ -116,6 +118,18 @@ class Unprocessable(LightboxError):
 class MalformedDicom(Unprocessable):
     title = "Malformed DICOM"
     slug = "malformed-dicom"
+
+
+class Nonconforming(LightboxError):
+    status = 422
+    title = "Required attributes missing"
+    slug = "nonconforming"
+
+
+class NotValidated(LightboxError):
+    status = 422
+    title = "Not validated"
+    slug = "not-validated"
 
 
 class TooManyRequests(LightboxError):

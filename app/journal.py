@@ -14,9 +14,9 @@ from sqlmodel import col
 from sqlmodel.ext.asyncio.session import AsyncSession
 
 from app.access import PatientAccess
-from app.audit import Operation, operations
+from app.audit import AuditTrail, Operation, operations
+from app.audit.operations import Note
 from app.db import Database
-from app.errors import AuditUnavailable
 from app.models import Instance, OpenOperation
 from app.orthanc import Orthanc, promptly
 
@@ -35,28 +35,22 @@ class Kind(StrEnum):
 
 
 async def will_store(
-    database: Database, access: PatientAccess, orthanc_id: str, *, there_before: bool
+    trail: AuditTrail, access: PatientAccess, orthanc_id: str, *, there_before: bool
 ) -> None:
     """Commit that this instance is about to be stored. `there_before`: then it is nobody's to
-    take back."""
-    await _note(
-        *(database, access.session, access.operation),
-        kind=Kind.STORE.value,
-        orthanc_id=orthanc_id,
-        there_before=there_before,
-    )
+    take back. Raises AuditUnavailable."""
+    if access.operation is not None:
+        await trail.note(
+            Note(access.operation, Kind.STORE.value, orthanc_id, there_before=there_before)
+        )
 
 
 async def will_delete(
-    database: Database, access: PatientAccess, orthanc_id: str, reason: str
+    trail: AuditTrail, access: PatientAccess, orthanc_id: str, reason: str
 ) -> None:
-    """Commit that this study is about to be deleted."""
-    await _note(
-        *(database, access.session, access.operation),
-        kind=Kind.DELETE.value,
-        orthanc_id=orthanc_id,
-        detail=reason,
-    )
+    """Commit that this study is about to be deleted. Raises AuditUnavailable."""
+    if access.operation is not None:
+        await trail.note(Note(access.operation, Kind.DELETE.value, orthanc_id, detail=reason))
 
 
 def leave(access: PatientAccess, unsettled: set[Operation]) -> None:
@@ -64,20 +58,6 @@ def leave(access: PatientAccess, unsettled: set[Operation]) -> None:
     if access.operation is not None:
         operations.settled(access.session, [access.operation])
         unsettled.add(access.operation)
-
-
-async def _note(
-    database: Database, session: AsyncSession, operation: Operation | None, **values: str | bool
-) -> None:
-    if operation is None:
-        return
-    async with database.writing():
-        noted = await session.exec(sa.update(OpenOperation).where(is_row(operation)).values(values))
-        await session.commit()
-    if noted.rowcount != 1:
-        raise AuditUnavailable(
-            "This took so long that it was given up meanwhile. Nothing was done; send it again."
-        )
 
 
 def is_row(operation: Operation) -> sa.ColumnElement[bool]:

@@ -234,7 +234,7 @@ class Recovery:
                 )
                 await delete_study(
                     access,
-                    (self._database, self._orthanc, self._viewer),
+                    (self._trail, self._orthanc, self._viewer),
                     row.detail,
                     actor=asked.actor,
                     actor_roles=asked.actor_roles,

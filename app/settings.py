@@ -7,6 +7,7 @@ a default. Frozen: made once by the command line or a test, and handed to `creat
 import base64
 import binascii
 from pathlib import Path
+from shutil import which
 from tempfile import gettempdir
 from typing import Annotated, Literal, Self
 from zoneinfo import ZoneInfo
@@ -227,6 +228,13 @@ class Settings(IdentitySettings, TrailSettings):
     max_elements: int = Field(
         default=500_000, gt=0, description="Most data elements in one DICOM file."
     )
+    iod_validation: Literal["off", "warn", "refuse"] = Field(
+        default="off",
+        description="Whether dciodvfy (Debian package dicom3tools) is asked if a file has what its "
+        "IOD requires, and what becomes of one that hasn't: a warning, or a refusal; see "
+        "imports.md.",
+    )
+    dciodvfy: str = Field(default="", description="The path of dciodvfy. Empty: found by `PATH`.")
     spool_dir: Path = Field(
         default=Path(gettempdir()),
         description="Folder for uploads on their way to Orthanc; emptied as they go.",
@@ -418,6 +426,20 @@ class Settings(IdentitySettings, TrailSettings):
                 webhook_key(self.webhook_secret.get_secret_value())
             except ValueError as error:
                 raise ValueError(f"LIGHTBOX_WEBHOOK_SECRET: {error}") from None
+        return self
+
+    @model_validator(mode="after")
+    def _validator_is_there(self) -> Self:
+        if self.iod_validation != "off":
+            program = self.dciodvfy or "dciodvfy"
+            for name, package in ((program, "dicom3tools"), ("prlimit", "util-linux")):
+                if which(name) is None:
+                    raise ValueError(
+                        f"LIGHTBOX_IOD_VALIDATION={self.iod_validation} needs {name}, which is not "
+                        f"here: install the Debian package {package} (apt-get install "
+                        f"--no-install-recommends {package})"
+                        + (", or set LIGHTBOX_DCIODVFY to its path" if name == program else "")
+                    )
         return self
 
     @field_validator("worklist_dir", mode="before")

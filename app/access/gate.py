@@ -17,6 +17,7 @@ from sqlmodel import col, select
 from sqlmodel.ext.asyncio.session import AsyncSession
 
 from app.access.ehr import EHR_SILENT, Ehr, Question, narrow
+from app.access.named import CALLER, NOW, caller_values
 from app.access.policy import (
     Decision,
     Reason,
@@ -122,6 +123,18 @@ class PatientAccess:
     async def done(self, **more: Any) -> None:
         """Add what was done to the transaction: the change and its record stand together."""
         await AuditTrail.add(self.session, self.entry(Outcome.DONE, **more))
+
+    def within(self, session: AsyncSession) -> "PatientAccess":
+        """The same access in another transaction, which several may share: what is `done` there
+        is the outcome of all that this one's session has under way. Once it is committed, say so:
+        `ended`."""
+        for each in operations.under_way(self.session):
+            operations.watch(session, each)
+        return replace(self, session=session)
+
+    def ended(self) -> None:
+        """What this session had under way has its outcome."""
+        operations.settled(self.session, operations.under_way(self.session))
 
 
 class Gate:
@@ -405,15 +418,16 @@ async def _resolve(
     return (found_order[0], None, found_order[1]) if found_order else (None, None, None)
 
 
+_HOLDING = clauses(CALLER, NOW)
+_RELATIONS = (
+    sa.select(*(clause.label(relation.name) for relation, clause in _HOLDING.items()))
+    .select_from(Patient)
+    .where(col(Patient.id) == sa.bindparam("whose", type_=sa.Uuid()))
+)
+
+
 async def _relations(session: AsyncSession, principal: Principal, patient: Patient) -> list[Any]:
     """The relations that hold between caller and patient now: one query."""
-    holds = clauses(principal, utcnow())
-    connection = await session.connection()
-    row = (
-        await connection.execute(
-            sa.select(*(clause.label(relation.name) for relation, clause in holds.items()))
-            .select_from(Patient)
-            .where(col(Patient.id) == patient.id)
-        )
-    ).one()
-    return [relation for relation, held in zip(holds, row, strict=True) if held]
+    values = {**caller_values(principal), "whose": patient.id, "now": utcnow()}
+    row = (await (await session.connection()).execute(_RELATIONS, values)).one()
+    return [relation for relation, held in zip(_HOLDING, row, strict=True) if held]

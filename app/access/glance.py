@@ -27,6 +27,7 @@ from sqlmodel import col
 
 from app.access.ehr import EHR_SILENT, Ehr, Question, Verdict, narrow
 from app.access.gate import SEAL, Denial
+from app.access.named import CALLER, NOW, caller_values
 from app.access.policy import (
     Decision,
     Reason,
@@ -40,13 +41,12 @@ from app.audit import Action, AuditTrail, Entry, Origin, Outcome
 from app.db import Reader, utcnow
 from app.errors import EhrUnavailable, NotFound
 from app.identity import Principal
-from app.models import Instance, Patient, Study, UtcDateTime
+from app.models import Instance, Patient, Study
 
 UID, SERIES_UID, SOP_UID = "study_uid", "series_uid", "sop_uid"
 RECORD_SECONDS = 300.0
 _MOST_REMEMBERED = 10_000
 NO_SUCH_STUDY = "There is no such study among those you may see."
-NOW: sa.ColumnElement[Any] = sa.bindparam("now", type_=UtcDateTime())
 
 
 @dataclass(frozen=True, slots=True)
@@ -246,42 +246,6 @@ def _sealed(
     )
 
 
-@dataclass(frozen=True)
-class Named:
-    """Whoever a statement's parameters, or columns, name."""
-
-    sub: Any
-    site: Any
-    patient: sa.ColumnElement[bool] | None = None  # is the row of `Patient` the one in context?
-
-
-_CALLER = Named(
-    sa.bindparam("sub", type_=sa.String()),
-    sa.bindparam("site", type_=sa.String()),
-    sa.or_(
-        sa.not_(sa.bindparam("limited", type_=sa.Boolean())),
-        col(Patient.id) == sa.bindparam("context_id", type_=sa.Uuid()),
-        sa.and_(
-            col(Patient.mrn) == sa.bindparam("context_mrn", type_=sa.String()),
-            col(Patient.mrn_issuer) == sa.bindparam("context_issuer", type_=sa.String()),
-        ),
-    ),
-)
-
-
-def _caller_values(principal: Principal) -> dict[str, Any]:
-    """The values of `_CALLER`'s parameters. What is None there equals nothing."""
-    context = principal.patient
-    return {
-        "sub": principal.sub,
-        "site": principal.site,
-        "limited": context is not None,
-        "context_id": context.patient_id if context else None,
-        "context_mrn": context.mrn or None if context else None,
-        "context_issuer": context.mrn_issuer if context else None,
-    }
-
-
 class StudyGate:
     """Decides and records what callers with a token ask of a study. One per app."""
 
@@ -291,7 +255,7 @@ class StudyGate:
         self._ehr = ehr
         study: sa.FromClause = Study.__table__  # type: ignore[attr-defined]
         self._statement = reader.prepare(
-            sa.select(*study_columns(_CALLER))
+            sa.select(*study_columns(CALLER))
             .select_from(with_instance(study))
             .where(col(Study.study_instance_uid) == sa.bindparam(UID, type_=sa.String()))
         )
@@ -325,7 +289,7 @@ class StudyGate:
             await self._trail.record(replace(entry, reason=asked.reason.value))
             raise Denial(asked.reason)
         values = parameters(study_uid, series_uid, sop_uid, utcnow())
-        row = await self._reader.first(self._statement, {**values, **_caller_values(principal)})
+        row = await self._reader.first(self._statement, {**values, **caller_values(principal)})
         if row is None:
             await self._trail.record(
                 replace(entry, reason="unknown", detail={"requested": study_uid})

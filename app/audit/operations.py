@@ -7,7 +7,7 @@ nothing that was cut off is without one.
 
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from typing import Any
 from uuid import UUID
 
@@ -22,6 +22,7 @@ TABLE = "operation"
 Change = tuple[str, list[tuple[Any, ...]]]
 """A statement for the driver, and the parameters of each time that it is run."""
 
+_NOTED = ("kind", "orthanc_id", "there_before", "detail")
 _MARKS = {"postgresql": "%s", "sqlite": "?"}
 _OPEN = "operations"
 _CLOSED = "operations closed"
@@ -54,6 +55,39 @@ def closing(dialect: str, operations: Iterable[Operation]) -> list[Change]:
     return [(_delete(_MARKS[dialect]), values)] if values else []
 
 
+@dataclass(frozen=True)
+class Note:
+    """What an operation is about to do in Orthanc; see `OpenOperation`."""
+
+    operation: Operation
+    kind: str
+    orthanc_id: str
+    there_before: bool = False
+    detail: str = ""
+
+
+class GivenUpError(Exception):
+    """An operation was given up meanwhile: its row is another process's, or gone."""
+
+
+def noting(dialect: str, note: Note) -> tuple[str, tuple[Any, ...]]:
+    """What adds a note to its operation's row: a statement, and its parameters."""
+    mark, its = _MARKS[dialect], note.operation
+    set_to = ", ".join(f"{name} = {mark}" for name in _NOTED)
+    return (
+        f"UPDATE {TABLE} SET {set_to} WHERE {_row(mark)}",  # noqa: S608
+        (
+            *(getattr(note, name) for name in _NOTED),
+            *(its.id, its.process, its.state.value),
+        ),
+    )
+
+
+def _row(mark: str) -> str:
+    # Not one that another process has taken over.
+    return f"id = {mark} AND process = {mark} AND state = {mark}"
+
+
 def _insert(mark: str) -> str:
     marks = ", ".join([mark] * 4)
     return (
@@ -63,8 +97,7 @@ def _insert(mark: str) -> str:
 
 
 def _delete(mark: str) -> str:
-    # Not one that another process has taken over.
-    return f"DELETE FROM {TABLE} WHERE id = {mark} AND process = {mark} AND state = {mark}"  # noqa: S608
+    return f"DELETE FROM {TABLE} WHERE {_row(mark)}"  # noqa: S608
 
 
 def _now(dialect: str) -> str:

@@ -13,6 +13,7 @@ from sqlmodel.ext.asyncio.session import AsyncSession
 from app.audit import operations
 from app.audit.chain import DIALECTS, GENESIS, Head, follow
 from app.audit.entries import UNDERTAKEN, Action, Entry, Operation
+from app.audit.operations import Note
 from app.audit.writer import Writer, unavailable
 from app.db import Database
 from app.errors import AuditUnavailable
@@ -42,6 +43,11 @@ class AuditTrail:
         """Commit records now. Raises AuditUnavailable: then nothing may be shown."""
         if entries:
             await self._writer.write(entries)
+
+    async def note(self, note: Note) -> None:
+        """Commit what an operation is about to do. Raises AuditUnavailable: then it may not do it,
+        for one because it was given up meanwhile."""
+        await self._writer.write([note])
 
     async def record_if_first(self, claim: sa.Update, entry: Entry) -> None:
         """Commit a record if, and together with, `claim` changing a row: of many requests at

@@ -1,4 +1,5 @@
-"""The one who writes: what many requests ask at once goes into one transaction.
+"""The one who writes: what many requests ask at once goes into one transaction, records and notes
+of what operations are about to do.
 
 A process has one writer, a thread with a connection of its own. Whoever wants a record waits for
 the commit that holds it; while that is under way the next batch gathers (group commit).
@@ -9,7 +10,7 @@ import logging
 import sqlite3
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -19,7 +20,7 @@ from sqlalchemy.engine import URL
 from app.audit import operations
 from app.audit.chain import DIALECTS, GENESIS, LOCK_SECONDS, Dialect, Head, Row, follow
 from app.audit.entries import Entry
-from app.audit.operations import Change
+from app.audit.operations import Change, GivenUpError, Note
 from app.db import SQLITE_PRAGMAS, Database
 from app.errors import AuditUnavailable
 
@@ -30,7 +31,8 @@ WAIT_SECONDS = 20.0
 MOST_IN_A_BATCH = 500
 MOST_WAITING = 20_000
 
-Group = Sequence[Entry]
+Group = Sequence[Entry | Note]
+Noting = tuple[str, tuple[Any, ...]]
 
 
 def unavailable(error: BaseException) -> AuditUnavailable:
@@ -45,6 +47,17 @@ def _refusal() -> AuditUnavailable:
     )
 
 
+def _refuse_given_up(changed: Iterable[int]) -> None:
+    if any(count != 1 for count in changed):
+        raise GivenUpError("an operation was given up meanwhile")
+
+
+def _given_up() -> AuditUnavailable:
+    return AuditUnavailable(
+        "This took so long that it was given up meanwhile. Nothing was done; send it again."
+    )
+
+
 class Store(ABC):
     """A connection that appends to the chain. Blocking; for one thread."""
 
@@ -54,10 +67,13 @@ class Store(ABC):
     def dialect(self) -> Dialect:
         return DIALECTS[self.dialect_name]
 
-    def append(self, entries: Group) -> None:
-        """Append and commit all of them or none. Raises what the driver raises."""
+    def append(self, group: Group) -> None:
+        """Append and commit all of them or none. Raises what the driver raises, and GivenUpError
+        for a note to an operation that is no longer its process's."""
+        entries = [each for each in group if isinstance(each, Entry)]
+        notes = [each for each in group if isinstance(each, Note)]
         try:
-            head = self._lock()
+            head = self._lock([operations.noting(self.dialect_name, each) for each in notes])
             linked = follow(head, entries)
             self._insert_and_commit(
                 self.dialect.values(linked), operations.changes(self.dialect_name, entries)
@@ -75,8 +91,8 @@ class Store(ABC):
         """End the connection; the next `append` makes another."""
 
     @abstractmethod
-    def _lock(self) -> Head:
-        """Begin, take the chain and say where it ends."""
+    def _lock(self, notes: list[Noting]) -> Head:
+        """Begin, write the notes, take the chain and say where it ends. Raises GivenUpError."""
 
     @abstractmethod
     def _insert_and_commit(self, values: list[Row], journal: list[Change]) -> None: ...
@@ -116,23 +132,25 @@ class PostgresStore(Store):
             )
         return self._connection
 
-    def _lock(self) -> Head:
+    def _lock(self, notes: list[Noting]) -> Head:
         fresh = self.is_broken()
         try:
-            return self._begin()
+            return self._begin(notes)
         except psycopg.OperationalError:
             # A connection that the server has closed meanwhile is met here, before anything
             # was written: once more, by a new one.
             if fresh or not self.is_broken():
                 raise
-            return self._begin()
+            return self._begin(notes)
 
-    def _begin(self) -> Head:
+    def _begin(self, notes: list[Noting]) -> Head:
         connection = self._connected()
         with connection.pipeline():
+            noted = [connection.execute(statement, values) for statement, values in notes]
             # Not in one statement with the lock: that would see the head as it was before it.
             connection.execute(self.dialect.lock)
             row = connection.execute(self.dialect.head).fetchone()
+        _refuse_given_up(each.rowcount for each in noted)
         return GENESIS if row is None else Head(*row)
 
     def _insert_and_commit(self, values: list[Row], journal: list[Change]) -> None:
@@ -175,9 +193,11 @@ class SqliteStore(Store):
             self._connection = connection
         return self._connection
 
-    def _lock(self) -> Head:
+    def _lock(self, notes: list[Noting]) -> Head:
         connection = self._connected()
         connection.execute(self.dialect.lock)
+        noted = [connection.execute(statement, values) for statement, values in notes]
+        _refuse_given_up(each.rowcount for each in noted)
         row = connection.execute(self.dialect.head).fetchone()
         return GENESIS if row is None else Head(*row)
 
@@ -270,7 +290,7 @@ class Writer:
     def _append(self, groups: list[Group]) -> list[Exception | None]:
         """What became of each group. In the writer's thread."""
         try:
-            self._store.append([entry for group in groups for entry in group])
+            self._store.append([each for group in groups for each in group])
             return [None] * len(groups)
         except Exception as error:
             if len(groups) == 1 or self._store.is_broken() or _is_of_all(error):
@@ -294,6 +314,6 @@ def _settle(written: asyncio.Future[None], error: Exception | None) -> None:
     if error is None:
         written.set_result(None)
     else:
-        refusal = _refusal()
+        refusal = _given_up() if isinstance(error, GivenUpError) else _refusal()
         refusal.__cause__ = error
         written.set_exception(refusal)

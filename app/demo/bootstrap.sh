@@ -158,6 +158,7 @@ missing_packages() {
 		# The browser tests' driver brings a Node.js of its own, which needs it.
 		exists /usr/lib/*/libatomic.so.1 /usr/lib64/libatomic.so.1 || echo libatomic1
 		has storescu || echo dcmtk
+		has dciodvfy || echo dicom3tools
 		has wrk || echo wrk
 	fi
 }
@@ -198,7 +199,8 @@ hold_services() {
 debian_packages() {
 	has apt-get || fail "This machine has no apt-get. Install by hand what is missing here" \
 		"($missing): Python 3.11 or newer with venv, Orthanc with its DICOMweb plugin, nginx, npm," \
-		"and for the tests PostgreSQL 15 or newer, Chromium, DCMTK and wrk. Then run it again."
+		"and for the tests PostgreSQL 15 or newer, Chromium, DCMTK, dicom3tools and wrk. Then run it" \
+		"again."
 	if [ "$(id -u)" -ne 0 ]; then
 		has sudo || fail "Packages are missing ($missing), and this user may not install them:" \
 			"run it as root, or ask someone to run: apt-get install $missing"

@@ -1,7 +1,7 @@
 """Files on their way in: bounded, read, held against the order's patient, stored, linked.
 
-`identity` compares and coerces (pure), `records` writes what is known of a stored file, `take`
-is the order of things.
+`identity` compares and coerces (pure), `records` writes what is known of a stored file, `links`
+does so for many at once, `take` is the order of things.
 """
 
 from app.intake.identity import Differences

@@ -1,9 +1,9 @@
 """The order of things is the safety.
 
 Nothing parses a file before `dicom.scan` has bounded it, nothing reaches Orthanc before the
-patient agrees, and nothing is linked that Orthanc didn't take. Each file is a transaction of its
-own, committed here (the named exception to "the edge commits"): if the link can't be committed,
-what Orthanc newly stored is taken back.
+patient agrees, and nothing is linked that Orthanc didn't take. Each file's link is committed here,
+with those of the same moment (the named exception to "the edge commits"): if it can't be, what
+Orthanc newly stored is taken back.
 """
 
 import asyncio
@@ -26,6 +26,7 @@ from app import journal
 from app.access import Denial, PatientAccess, RoleAccess, Subject
 from app.audit import Action
 from app.dicom import (
+    Described,
     Header,
     Limits,
     Scan,
@@ -39,9 +40,11 @@ from app.dicom import (
 from app.errors import Conflict, LightboxError, NotFound, Unavailable, Unprocessable
 from app.intake import identity, records
 from app.intake.identity import Differences
-from app.intake.records import patient_id_of
+from app.intake.iod import Validator
+from app.intake.links import Links
+from app.intake.records import Kept, Link, patient_id_of
 from app.models import OrderStatus, Patient
-from app.orthanc import Orthanc, Stored, promptly
+from app.orthanc import Orthanc, Stored
 from app.settings import Settings
 
 CHUNK_BYTES = 1024 * 1024
@@ -72,12 +75,24 @@ class Receipt:
     warnings: tuple[str, ...] = ()
 
 
+@dataclass(frozen=True)
+class _Came:
+    """A file as it came, and what was read of it."""
+
+    scanned: Scan
+    header: Header
+    described: Described
+    sha256: str
+
+
 class Intake:
     """Takes files in. One per app."""
 
     def __init__(self, settings: Settings, orthanc: Orthanc) -> None:
         self._settings = settings
         self._orthanc = orthanc
+        self._links = Links(orthanc)
+        self._validator = Validator(settings)
         self.limits = Limits(
             max_bytes=settings.max_upload_bytes,
             max_depth=settings.max_sequence_depth,
@@ -88,30 +103,43 @@ class Intake:
         """Bound a file before anything parses it. Blocking; raises as `dicom.scan` does."""
         return scan(file, self.limits, spool_dir=self._settings.spool_dir)
 
+    def _read(self, file: BinaryIO) -> _Came:
+        """Read what is needed of a file. Blocking."""
+        scanned = self.scan(file)
+        try:
+            header = read_header(file, scanned)
+            described = describe(file, scanned)
+            refuse_wide_big_endian(file, scanned)
+            return _Came(scanned, header, described, digest_of(file, "sha256"))
+        except BaseException:
+            scanned.close()
+            raise
+
     async def take(self, caller: RoleAccess, file: BinaryIO, target: Target) -> Receipt:
         """Take one file in and link it.
 
-        Raises NotDicom, TooLarge, Unprocessable for the file; PatientMismatch, Conflict where it
-        contradicts what is known; NotFound, Forbidden for the target; OrthancUnavailable. After
-        any of them nothing is linked, and nothing is stored that wasn't before.
+        Raises NotDicom, TooLarge, Unprocessable, Nonconforming, NotValidated for the file;
+        PatientMismatch, Conflict where it contradicts what is known; NotFound, Forbidden for the
+        target; OrthancUnavailable. After any of them nothing is linked, and nothing is stored that
+        wasn't before.
         """
-        with await anyio.to_thread.run_sync(self.scan, file) as scanned:
-            header = await anyio.to_thread.run_sync(read_header, file, scanned)
-            described = await anyio.to_thread.run_sync(describe, file, scanned)
-            await anyio.to_thread.run_sync(refuse_wide_big_endian, file, scanned)
+        came = await anyio.to_thread.run_sync(self._read, file)
+        header, described = came.header, came.described
+        with came.scanned as scanned:
             if target.study_instance_uid not in (None, header.study_instance_uid):
                 raise Conflict(
                     "The file is not of the study it was sent to: its StudyInstanceUID is another. "
                     "Nothing was stored."
                 )
             access = await self._admit(caller, header, target)
+            numbers = await records.numbers(access)
             found = identity.differences(
                 access,
                 header,
                 authority=self._settings.assigning_authority,
-                ambiguous=await records.is_ambiguous(access),
+                ambiguous=numbers.ambiguous,
                 fill=target.coerce,
-                former=await records.former_identifiers(access),
+                former=numbers.former,
             )
             identity.refuse_other_issuer(access, header)
             if found and not target.coerce:
@@ -128,18 +156,19 @@ class Intake:
                         "elements and the pixels may still show the former one."
                     )
                 changes, header = identity.coercion(access, header, found)
-            digest = await anyio.to_thread.run_sync(digest_of, file, "sha256")
-            known = await records.refuse_taken_uids(access, header, digest)
-            if await records.planned_for_another_order(access, header.study_instance_uid):
+            uids = await records.uids(access, header)
+            known = uids.refuse_taken(access, header, came.sha256)
+            if uids.planned_for_another_order(access):
                 warnings.append(
                     "The StudyInstanceUID was planned for another order of this patient."
                 )
             await access.release()
+            warnings += await self._validator.check(file, scanned, changes)
             ours = _orthanc_ids(header)[2]
             there_before = await self._study_is_there(header) and (
                 known or await self._orthanc.holds_instance(ours)
             )
-            await journal.will_store(caller.gate.database, access, ours, there_before=there_before)
+            await journal.will_store(caller.gate.trail, access, ours, there_before=there_before)
             try:
                 if not found:
                     stored = await self._store(file, known=known)
@@ -155,15 +184,8 @@ class Intake:
             warnings = ["The archive keeps the file as it first came; nothing was rewritten."]
         try:
             self._check_ids(header, stored)
-            async with caller.gate.database.writing():
-                await records.link(access, header, stored, digest, found, described)
-                async with promptly():
-                    held = await self._orthanc.holds_instance(stored.instance_id)
-                if not held:
-                    # A deletion, or the undoing of another upload, was faster.
-                    await access.session.rollback()
-                    raise Conflict("The study was deleted at the same moment; send the file again.")
-                await access.session.commit()
+            kept = Kept(header, stored, came.sha256, described)
+            await self._links.link(caller.gate.database, Link(access, kept, found))
         except BaseException as error:
             await access.session.rollback()
             await self._take_back(caller, access, stored)
@@ -189,11 +211,10 @@ class Intake:
         Raises Conflict where it has other bytes under the same UIDs, which it keeps, and which
         must not be shown as this file. (A `known` file may have been coerced when it first came.)
         """
-        md5 = await anyio.to_thread.run_sync(digest_of, file, "md5")
-        size = await anyio.to_thread.run_sync(_rewind, file)
-        stored = await self._orthanc.store(file, size)
+        stored = await self._orthanc.store(file, _rewind(file))
         if stored.new or known:
             return stored
+        md5 = await anyio.to_thread.run_sync(digest_of, file, "md5")
         if await self._orthanc.instance_md5(stored.instance_id) != md5:
             raise Conflict(
                 "The image archive holds other content under the file's SOPInstanceUID. Nothing "

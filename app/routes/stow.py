@@ -37,6 +37,7 @@ from app.errors import (
     Forbidden,
     LightboxError,
     MalformedDicom,
+    Nonconforming,
     NotDicom,
     NotFound,
     TooLarge,
@@ -67,10 +68,11 @@ FAILURE_REASONS: tuple[tuple[type[LightboxError], int], ...] = (
     (NotFound, 0xC404),  # no patient here, to whom the caller may add images, has the PatientID
     (Conflict, 0xC409),  # contradicts what is stored, or the study in the address
     (Forbidden, 0x0124),  # refused, not authorized
+    (Nonconforming, 0xA900),  # dataset does not match SOP class
     (LightboxError, 0x0110),  # processing failure
 )
-"""FailureReason (0008,1197), the first that fits. PS3.18 I.2.2 has A7xx, Cxxx and 0110, PS3.7 C.5
-has 0124; the last digits of A7xx and Cxxx are ours to say."""
+"""FailureReason (0008,1197), the first that fits. PS3.18 I.2.2 has A7xx, A9xx, Cxxx and 0110, PS3.7
+C.5 has 0124; the last digits of A7xx, A9xx and Cxxx are ours to say."""
 
 DIFFERS = 0xB001
 """WarningReason (0008,1196), of ours: stored as it came, but a person should look at it."""

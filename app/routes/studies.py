@@ -8,9 +8,8 @@ from fastapi import BackgroundTasks, Depends, Path, Query, Request, Response
 from pydantic import BaseModel
 
 from app import deletion, linking
-from app.access import Grant, PatientAccess, Subject, Visible, VisiblePatients
+from app.access import Gate, Grant, PatientAccess, Subject, Visible, VisiblePatients
 from app.audit import Action
-from app.db import Database
 from app.errors import Unprocessable
 from app.linking import StudyFilter, StudySummary
 from app.orthanc import Orthanc
@@ -183,11 +182,11 @@ async def delete_study(
     """
     viewer: Viewer = request.app.state.viewer
     orthanc: Orthanc = request.app.state.orthanc
-    database: Database = request.app.state.database
+    gate: Gate = request.app.state.gate
     assert access.study is not None
     if len(reason.strip()) < 3:
         raise Unprocessable("`reason` must say why the study is deleted.")
-    gone, ended = await deletion.delete_study(access, (database, orthanc, viewer), reason.strip())
+    gone, ended = await deletion.delete_study(access, (gate.trail, orthanc, viewer), reason.strip())
     after.add_task(request.app.state.worklist.wake)
     return Deleted(
         status="deleted",

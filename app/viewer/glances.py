@@ -18,7 +18,6 @@ from sqlmodel import col
 from app.access import Ehr, SessionAccess, StudyAccess
 from app.access.glance import (
     UID,
-    Named,
     confirmed,
     parameters,
     relation_columns,
@@ -27,6 +26,7 @@ from app.access.glance import (
     study_columns,
     with_instance,
 )
+from app.access.named import Named
 from app.access.policy import BREAK_THE_GLASS
 from app.audit import Action
 from app.db import Reader, utcnow

@@ -7,7 +7,6 @@ import json
 import os
 import random
 import secrets
-import shutil
 import socket
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -414,7 +413,10 @@ class LightboxServers:
     def forget_frames(self) -> None:
         """Start the edge anew, without the frames that it kept."""
         self.edge.stop()
-        shutil.rmtree(self.edge.state_dir / "kept", ignore_errors=True)
+        kept = self.edge.state_dir / "kept"
+        if kept.exists():
+            # Removed at the end only: ext4 makes whoever creates files wait for what went just now.
+            kept.rename(kept.with_name(f"was-kept-{time.monotonic_ns()}"))
         restart(self.edge)
 
     def forget(self) -> None:
