@@ -238,6 +238,9 @@ async def forget_study(access: PatientAccess) -> Unlinked:
         .order_by(Instance.sop_instance_uid)
     )
     sop_instance_uids = list(instances)
+    # From here on nobody keeps metadata of its series. (SQLite locks no row, and has one writer.)
+    series = select(Series.series_instance_uid).where(Series.study_instance_uid == uid)
+    await access.session.exec(series.order_by(Series.series_instance_uid).with_for_update())
     for table in (OrderStudy, SeriesMetadata, Instance, Series, Study):
         await access.session.exec(sa.delete(table).where(col(table.study_instance_uid) == uid))
     moved = await images_changed(access.session, summary.order_ids)

@@ -18,7 +18,7 @@ from app.access import Reason, Relation, RoleAccess, decide
 from app.access.ehr import EHR_SILENT, Question, narrow
 from app.access.gate import entry_of
 from app.access.policy import BREAK_THE_GLASS, Decision, clauses
-from app.aliases import lock, survivor
+from app.aliases import lock, retired_into, survivor
 from app.audit import Action, AuditTrail, Outcome
 from app.db import utcnow
 from app.errors import Conflict, EhrUnavailable, Forbidden, NotFound
@@ -60,11 +60,12 @@ async def break_glass(
     alert. None: they have the right without it, and nothing is granted.
 
     Raises NotFound for an unknown patient; Forbidden for one for whom it can't be broken; Conflict
-    while an earlier grant stands.
+    while an earlier grant stands, or where the patient is merged at this moment.
     """
     now, principal, session = utcnow(), caller.principal, caller.session
     survives = await survivor(session, patient_id)  # an emergency knows no merged records
     patient_id = survives.id if survives is not None else patient_id
+    joined = await retired_into(session, patient_id)
     found = await _facts(caller, patient_id, now)
     if found is None or survives is None:
         await caller.unknown({"patient_id": str(patient_id)})
@@ -94,6 +95,14 @@ async def break_glass(
     if by_right.allowed:
         return None
     await lock(session, [patient_id])  # of many requests at once, one is first
+    if {each.id for each in await retired_into(session, patient_id)} != {
+        each.id for each in joined
+    }:
+        # What was decided on, and the alert would be about, is not what it would open.
+        raise Conflict(
+            "The patient was merged with another, or taken apart from one, at this moment. Nothing "
+            "was broken; ask again."
+        )
     await _refuse_too_early(session, principal.sub, patient_id, now, sealed=sealed)
     grant = BrokenGlass(
         patient_id=patient_id,

@@ -42,12 +42,27 @@ async def judge(
     session: AsyncSession, study: ArrivedStudy, authority: str, *, shared: bool
 ) -> Match:
     """What the matcher says of a study. `shared`: its UID is in the archive under two patients."""
-    owner = await session.get(Study, study.study_instance_uid)
+    asked, found = await _asked(session, study, shared=shared)
+    await session.commit()  # only read so far
+    return await _said(asked, found, authority)
+
+
+async def judge_within(session: AsyncSession, study: ArrivedStudy, authority: str) -> Match:
+    """As `judge`, in the transaction that links the study, of what it sees."""
+    return await _said(*await _asked(session, study, shared=False), authority)
+
+
+async def _asked(
+    session: AsyncSession, study: ArrivedStudy, *, shared: bool
+) -> tuple[ArrivedStudy, Found]:
+    owner = await session.get(Study, study.study_instance_uid, populate_existing=True)
     asked = replace(
         study, under_two_patients=shared, owner=owner.patient_id if owner is not None else None
     )
-    found = await find(session, asked)
-    await session.commit()  # only read so far
+    return asked, await find(session, asked)
+
+
+async def _said(asked: ArrivedStudy, found: Found, authority: str) -> Match:
     said = await anyio.to_thread.run_sync(
         lambda: match(asked, found.orders, found.patients, authority=authority)
     )
@@ -78,7 +93,8 @@ async def find(session: AsyncSession, study: ArrivedStudy) -> Found:
         .order_by(col(Order.created_at).desc())
         .limit(MOST_NAMED + 1)
     )
-    rows = list(await session.exec(both))
+    fresh = {"populate_existing": True}
+    rows = list(await session.exec(both, execution_options=fresh))
     people = {patient.id: patient for _, patient in rows}
     numbered = select(Patient).where(
         sa.or_(
@@ -86,7 +102,8 @@ async def find(session: AsyncSession, study: ArrivedStudy) -> Found:
             *([col(Patient.id) == study.owner] if study.owner else []),
         )
     )
-    people |= {each.id: each for each in await session.exec(numbered.limit(MOST_NAMED + 1))}
+    numbered = numbered.limit(MOST_NAMED + 1)
+    people |= {each.id: each for each in await session.exec(numbered, execution_options=fresh)}
     cut = max(len(rows), len(people)) > MOST_NAMED
     near, near_cut = await _of_same_birth(session, keys.birth_dates, set(keys.family_keys))
     people |= {each.id: each for each in near}

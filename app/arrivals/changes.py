@@ -140,8 +140,7 @@ class Changes:
             await self._move(
                 session, position, listed=listed, to_list=max(total, listed), listing=bool(held)
             )
-            for each in held:
-                await index.note(session, each, stable=each.stable, backlog=each.stable)
+            await index.note_all(session, held)
             await session.commit()
         if listed // 5000 > position.listed // 5000 or not held:
             logger.info("%d of %d studies of the image archive are listed", listed, total)

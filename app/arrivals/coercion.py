@@ -1,16 +1,15 @@
 """A copy of a study with a patient's identifiers, for images that came under another PatientID.
 
-All or nothing: the copy has UIDs of its own, made from the original's, and is linked when it is
-whole. What is left of one that was not finished is deleted before the next try, and never linked by
-itself. The copy says in OriginalAttributesSequence (PS3.3 C.12.1.1.9) what it was before.
+All or nothing: the copy has UIDs of its own, made from the original's, so that references between
+its images follow; it is linked when it is whole, in the transaction that closes the original. What
+is left of one that was not finished is deleted (`app.arrivals.leftovers`), and never linked. The
+copy says in OriginalAttributesSequence (PS3.3 C.12.1.1.9) what it was before.
 """
 
 import logging
-import uuid
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from copy import deepcopy
-from datetime import timedelta
 from tempfile import TemporaryFile
 from typing import Any, BinaryIO
 
@@ -19,26 +18,25 @@ import anyio.to_thread
 import pydicom
 import sqlalchemy as sa
 from pydicom import Dataset
-from sqlmodel import col
+from sqlmodel.ext.asyncio.session import AsyncSession
 
 from app.access import PatientAccess
+from app.arrivals import copies, index
+from app.arrivals.copies import Making
 from app.arrivals.files import Examined, Examiner
+from app.arrivals.leftovers import Leftovers
 from app.arrivals.linker import Linker
-from app.db import Database, insert_if_absent, utcnow
+from app.arrivals.references import ORIGINAL_ATTRIBUTES, following, renumbered
+from app.db import Database, utcnow
 from app.dicom import orthanc_id, rewrite
 from app.errors import Conflict, LightboxError
 from app.intake import Intake, identity
 from app.intake.identity import Differences
 from app.intake.take import digest_of
-from app.models import Arrival, ArrivalState
-from app.orthanc import Orthanc
+from app.models import Arrival
+from app.orthanc import Orthanc, promptly
 
 logger = logging.getLogger(__name__)
-
-_NAMESPACE = uuid.UUID("8f0a3d1e-7c55-4c0e-9d7b-3a5a1f1e6b42")
-_ORIGINAL_ATTRIBUTES = 0x04000561
-_UNDER_WAY = "a copy is being made"
-_LONGEST = timedelta(minutes=10)  # whoever began it has died
 
 
 class Coercion:
@@ -51,6 +49,7 @@ class Coercion:
         intake: Intake,
         examiner: Examiner,
         linker: Linker,
+        leftovers: Leftovers,
         *,
         remove_original: bool,
         spool_dir: str,
@@ -60,6 +59,7 @@ class Coercion:
         self._intake = intake
         self._examiner = examiner
         self._linker = linker
+        self._leftovers = leftovers
         self._remove_original = remove_original
         self._spool_dir = spool_dir
 
@@ -74,43 +74,81 @@ class Coercion:
     ) -> str:
         """Make the copy and link it; its StudyInstanceUID. Raises Conflict, OrthancUnavailable:
         then there is no copy, and the original waits as before."""
-        patient = access.patient
-        former = row.study_instance_uid
-        study_uid = renumbered(str(patient.id), former)
-        study_id = orthanc_id(patient.mrn, study_uid)
-        await self._claim(row, study_id, study_uid, columns)
-        await self._orthanc.delete_study(study_id)
-        try:
-            ids = [await self._copy_one(access, each, differences) for each in files]
-            examined = await self._examiner.all(study_id, ids)
-            copy_row = await self._row(study_id)
-            said = {
-                **detail,
-                "coerced": dict(differences),
-                "original": {
-                    "study_instance_uid": former,
-                    "orthanc_id": row.orthanc_id,
-                    "kept": not self._remove_original,
-                    "sop_instance_uids": {
-                        renumbered(str(patient.id), each.header.sop_instance_uid): (
-                            each.header.sop_instance_uid
-                        )
-                        for each in files
-                    },
+        assert access.operation is not None
+        uids = _new_uids(str(access.patient.id), files)
+        study_uid = renumbered(str(access.patient.id), row.study_instance_uid)
+        making = Making(
+            orthanc_id(access.patient.mrn, study_uid),
+            study_uid,
+            access.operation,
+            self._remove_original,
+        )
+        await self._claim(row, making)
+        said = {
+            **detail,
+            "coerced": dict(differences),
+            "original": {
+                "study_instance_uid": row.study_instance_uid,
+                "orthanc_id": row.orthanc_id,
+                "kept": not self._remove_original,
+                "sop_instance_uids": {
+                    uids[each.header.sop_instance_uid]: each.header.sop_instance_uid
+                    for each in files
                 },
-            }
-            await self._linker.link(access, copy_row, examined, columns, said)
+            },
+        }
+        try:
+            async with index.told(access.session, row):
+                await self._make(access, row, making, files, differences, uids, columns, said)
         except BaseException:
-            with anyio.CancelScope(shield=True), suppress(LightboxError):
-                await self._orthanc.delete_study(study_id)
-            with anyio.CancelScope(shield=True), suppress(sa.exc.SQLAlchemyError):
-                await self._release(row)
+            with (
+                anyio.CancelScope(shield=True),
+                suppress(LightboxError, sa.exc.SQLAlchemyError, OSError),
+            ):
+                await access.session.rollback()  # which may hold what is waited for next
+                await self._leftovers.take_back(making)
             raise
-        await self._close(row, columns, study_uid)
+        if self._remove_original:
+            await self._remove(making, files)
         return study_uid
 
+    async def _make(
+        self,
+        access: PatientAccess,
+        row: Arrival,
+        making: Making,
+        files: Sequence[Examined],
+        differences: Differences,
+        uids: Mapping[str, str],
+        columns: dict[str, Any],
+        said: dict[str, Any],
+    ) -> None:
+        await self._orthanc.delete_study(making.orthanc_id)
+        ids = [await self._copy_one(access, each, differences, uids) for each in files]
+        examined = await self._examiner.all(making.orthanc_id, ids)
+        closed = {
+            "decided_by": columns["decided_by"],
+            "decided_at": columns["decided_at"],
+            "decision": f"coerced: the copy is {making.study_instance_uid}",
+        }
+        copied = {each.stored.instance_id for each in files}
+
+        async def finish(session: AsyncSession) -> None:
+            await copies.finish(session, row, making, closed)
+            async with promptly():
+                held = await self._orthanc.study_instances(row.orthanc_id)
+            if held - copied:
+                raise Conflict("Images of this study arrived at the same moment. Look at it again.")
+
+        copy_row = await self._row(making)
+        await self._linker.link(access, copy_row, examined, columns, said, finish)
+
     async def _copy_one(
-        self, access: PatientAccess, each: Examined, differences: Differences
+        self,
+        access: PatientAccess,
+        each: Examined,
+        differences: Differences,
+        uids: Mapping[str, str],
     ) -> str:
         with (
             TemporaryFile(dir=self._spool_dir) as original,
@@ -120,7 +158,7 @@ class Coercion:
                 async for chunk in chunks:
                     await anyio.to_thread.run_sync(original.write, chunk)
             size = await anyio.to_thread.run_sync(
-                self._rewrite, access, each, differences, original, changed
+                self._rewrite, access, each, differences, uids, original, changed
             )
             stored = await self._orthanc.store(changed, size)
             if not stored.new:
@@ -132,6 +170,7 @@ class Coercion:
         access: PatientAccess,
         each: Examined,
         differences: Differences,
+        uids: Mapping[str, str],
         original: BinaryIO,
         changed: BinaryIO,
     ) -> int:
@@ -146,109 +185,49 @@ class Coercion:
                 ("SeriesInstanceUID", each.header.series_instance_uid),
                 ("SOPInstanceUID", each.header.sop_instance_uid),
             ):
-                setattr(changes, keyword, renumbered(str(access.patient.id), value))
+                setattr(changes, keyword, uids[value])
             _remember(original, changes)
+            references = following(original, scanned, uids)
             original.seek(0)
-            rewrite(original, changed, scanned, changes)
+            rewrite(original, changed, scanned, changes, references)
         size = changed.seek(0, 2)
         changed.seek(0)
         return size
 
-    async def _claim(
-        self, row: Arrival, study_id: str, study_uid: str, columns: dict[str, Any]
-    ) -> None:
-        """Of two people one makes the copy. From its first file on it is known, and not linked but
-        by who makes it. Raises Conflict."""
-        now = utcnow()
-        under_way = row.decision == _UNDER_WAY and row.decided_at is not None
-        if under_way and row.decided_at and now - row.decided_at < _LONGEST:
-            raise Conflict(f"{row.decided_by} is making a copy of this study at this moment.")
+    async def _claim(self, row: Arrival, making: Making) -> None:
         async with self._database.writing_session() as session:
-            mine = await session.exec(
-                sa.update(Arrival)
-                .where(
-                    col(Arrival.orthanc_id) == row.orthanc_id, col(Arrival.version) == row.version
-                )
-                .values(
-                    version=row.version + 1,
-                    held=True,
-                    decision=_UNDER_WAY,
-                    decided_at=now,
-                    decided_by=columns["decided_by"],
-                )
-                .execution_options(synchronize_session=False)
-            )
-            if mine.rowcount != 1:
-                raise Conflict("Somebody else changed this study at the same moment.")
-            await session.exec(
-                insert_if_absent(
-                    session,
-                    Arrival,
-                    orthanc_id=study_id,
-                    study_instance_uid=study_uid,
-                    state=ArrivalState.REJECTED.value,
-                    held=True,
-                    due_at=None,
-                    decision="a copy that was not finished",
-                )
-            )
-            await session.commit()
-        row.version += 1
-
-    async def _release(self, row: Arrival) -> None:
-        """It waits as before."""
-        async with self._database.writing_session() as session:
-            await session.exec(
-                sa.update(Arrival)
-                .where(col(Arrival.orthanc_id) == row.orthanc_id)
-                .values(decision=row.decision, version=row.version + 1, held=row.held)
-                .execution_options(synchronize_session=False)
-            )
+            await copies.claim(session, row, making)
             await session.commit()
 
-    async def _row(self, study_id: str) -> Arrival:
-        async with self._database.writing_session() as session:
-            # What Orthanc said of it meanwhile is not news.
-            await session.exec(
-                sa.update(Arrival)
-                .where(col(Arrival.orthanc_id) == study_id)
-                .values(due_at=None)
-                .execution_options(synchronize_session=False)
-            )
-            await session.commit()
-            row = await session.get(Arrival, study_id)
+    async def _row(self, making: Making) -> Arrival:
+        async with self._database.session() as session:
+            row = await session.get(Arrival, making.orthanc_id)
         assert row is not None
-        row.stable = True
+        row.stable, row.due_at = True, None  # as `copies.finish` leaves it
         return row
 
-    async def _close(self, row: Arrival, columns: dict[str, Any], study_uid: str) -> None:
-        """The original waits no longer. It is kept, shown to nobody, or removed."""
-        async with self._database.writing_session() as session:
-            await session.exec(
-                sa.update(Arrival)
-                .where(col(Arrival.orthanc_id) == row.orthanc_id)
-                .values(
-                    state=ArrivalState.REJECTED.value,
-                    held=True,
-                    due_at=None,
-                    version=row.version + 1,
-                    decided_by=columns["decided_by"],
-                    decided_at=columns["decided_at"],
-                    decision=f"coerced: the copy is {study_uid}",
-                )
-                .execution_options(synchronize_session=False)
-            )
-            await session.commit()
-        if self._remove_original:
-            try:
-                await self._orthanc.delete_study(row.orthanc_id)
-            except LightboxError as error:
-                logger.error("an original could not be removed: %s", error.detail)
+    async def _remove(self, making: Making, files: Sequence[Examined]) -> None:
+        """The originals of what was copied; if that fails, `Leftovers` does it later."""
+        try:
+            for each in files:
+                await self._orthanc.delete_instance(each.stored.instance_id)
+            await self._leftovers.removed(making.orthanc_id)
+        except LightboxError as error:
+            logger.error("an original could not be removed yet: %s", error.detail)
 
 
-def renumbered(patient_id: str, uid: str) -> str:
-    """The UID that a copy for this patient has for it: always the same (PS3.5 B.2)."""
-    return f"2.25.{uuid.uuid5(_NAMESPACE, f'{patient_id} {uid}').int}"
+def _new_uids(patient_id: str, files: Sequence[Examined]) -> dict[str, str]:
+    """Of the study, its series and images: former and new."""
+    named = [
+        uid
+        for each in files
+        for uid in (
+            each.header.study_instance_uid,
+            each.header.series_instance_uid,
+            each.header.sop_instance_uid,
+        )
+    ]
+    return {uid: renumbered(patient_id, uid) for uid in named}
 
 
 def _read(file: BinaryIO, keywords: Sequence[Any]) -> Dataset:
@@ -269,7 +248,7 @@ def _empty(file: BinaryIO) -> dict[str, dict[str, str]]:
 
 def _remember(file: BinaryIO, changes: Dataset) -> None:
     """Add what is changed, as it was, to OriginalAttributesSequence."""
-    before = _read(file, [*(each.tag for each in changes), _ORIGINAL_ATTRIBUTES])
+    before = _read(file, [*(each.tag for each in changes), ORIGINAL_ATTRIBUTES])
     modified = Dataset()
     for each in changes:
         if each.tag in before:
@@ -281,8 +260,8 @@ def _remember(file: BinaryIO, changes: Dataset) -> None:
     item.SourceOfPreviousValues = ""
     item.ReasonForTheAttributeModification = "CORRECT"
     earlier = (
-        list(before.get(_ORIGINAL_ATTRIBUTES, Dataset()).value or [])
-        if (_ORIGINAL_ATTRIBUTES in before)
+        list(before.get(ORIGINAL_ATTRIBUTES, Dataset()).value or [])
+        if (ORIGINAL_ATTRIBUTES in before)
         else []
     )
     changes.OriginalAttributesSequence = [*earlier, item]

@@ -15,10 +15,12 @@ from sqlmodel import col
 
 from app.access import Gate
 from app.arrivals import index
+from app.arrivals.backlog import Backlog
 from app.arrivals.changes import NAME, Changes, NotOursError
 from app.arrivals.coercion import Coercion
 from app.arrivals.files import Examiner
 from app.arrivals.gone import Gone
+from app.arrivals.leftovers import Leftovers
 from app.arrivals.linker import Linker, Ready
 from app.arrivals.lock import Leadership
 from app.arrivals.reconciliation import Reconciliation
@@ -77,6 +79,7 @@ class Follower:
         self._sweep = Sweep(database, orthanc, seconds=settings.sweep_seconds)
         self._per_second = settings.sweep_studies_per_second
         examiner = Examiner(intake, orthanc, str(settings.spool_dir))
+        self._leftovers = Leftovers(database, orthanc, examiner)
         linker = Linker(gate, orthanc, settings.site, ready)
         self._work = Work(
             database,
@@ -92,12 +95,14 @@ class Follower:
             examiner,
             linker,
             Coercion(
-                *(database, orthanc, intake, examiner, linker),
+                *(database, orthanc, intake, examiner, linker, self._leftovers),
                 remove_original=settings.reconciliation_original == "remove",
                 spool_dir=str(settings.spool_dir),
             ),
             settings.assigning_authority,
         )
+        self._backlog = Backlog(database, orthanc, settings.assigning_authority)
+        self._to_look_at: list[str] = []  # of the backlog, one by one
         self._fulfilled = fulfilled
         self._following = False
         self._said: dict[str, str] = {}
@@ -177,27 +182,35 @@ class Follower:
         return more
 
     async def _do(self) -> bool:
-        return await self._look_at(backlog=False)
-
-    async def _do_backlog(self) -> bool:
-        return await self._look_at(backlog=True)
-
-    async def _look_at(self, *, backlog: bool) -> bool:
         """Look at the next study that is due; was there one?"""
         async with self._database.session() as session:
-            found = await index.due(session, WORKERS + len(self._under_way), backlog=backlog)
+            found = await index.due(session, WORKERS + len(self._under_way), backlog=False)
         mine = [each for each in found if each not in self._under_way]
-        if not mine:
-            return False
-        self._under_way.add(mine[0])
+        if mine:
+            await self._look_at(mine[0])
+        return bool(mine)
+
+    async def _do_backlog(self) -> bool:
+        if self._to_look_at:
+            await self._look_at(self._to_look_at.pop())
+            return True
+        settled, self._to_look_at = await self._backlog.step()
+        return bool(settled or self._to_look_at)
+
+    async def _look_at(self, orthanc_id: str) -> None:
+        self._under_way.add(orthanc_id)
         try:
-            await self._work.look(mine[0])
+            await self._work.look(orthanc_id)
         finally:
-            self._under_way.discard(mine[0])
+            self._under_way.discard(orthanc_id)
         await self._fulfilled()
-        return True
+
+    async def tidy(self) -> None:
+        """Delete what coercions have left; see `Leftovers`."""
+        await self._leftovers.step()
 
     async def _look_around(self) -> bool:
+        await self.tidy()
         await self._sweep.whole_if_due()
         await self._sweep.some(max(1, round(self._per_second * SWEEP_EVERY_SECONDS)))
         return False

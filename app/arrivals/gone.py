@@ -83,9 +83,9 @@ class Gone:
                         )
                     ),
                 )
-                series = (
-                    await session.exec(select(Series.series_instance_uid).where(*empty))
-                ).all()
+                going = select(Series.series_instance_uid).where(*empty)
+                # Held, so that nobody keeps metadata of them meanwhile.
+                series = (await session.exec(going.with_for_update())).all()
                 for table in (SeriesMetadata, Series):
                     await session.exec(
                         sa.delete(table).where(col(table.series_instance_uid).in_(series))

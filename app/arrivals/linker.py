@@ -1,6 +1,6 @@
 """Linking what has passed: one transaction a study, through the gate, on record."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 from uuid import UUID
 
@@ -9,7 +9,7 @@ from sqlmodel.ext.asyncio.session import AsyncSession
 
 from app import linking
 from app.access import Gate, PatientAccess, Subject
-from app.arrivals import index
+from app.arrivals import copies, index
 from app.arrivals.changes import ORIGIN
 from app.arrivals.files import Examined
 from app.audit import Action
@@ -22,6 +22,7 @@ from app.orderlife import images_changed, orders_of
 from app.orthanc import Orthanc, promptly
 
 Ready = Callable[[PatientAccess, StudySummary], None]
+Also = Callable[[AsyncSession], Awaitable[None]]
 
 
 def follower(site: str) -> Principal:
@@ -39,10 +40,10 @@ class Linker:
         self._ready = ready
 
     async def link_certain(
-        self, row: Arrival, files: Sequence[Examined], columns: dict[str, Any]
+        self, row: Arrival, files: Sequence[Examined], columns: dict[str, Any], still: Also
     ) -> None:
-        """Link a study to the patient and the order that are certain. `columns` are the row's
-        new ones. Raises as `link` does."""
+        """Link a study to the patient and the order that are certain, and `still` are. `columns`
+        are the row's new ones. Raises as `link` does."""
         subject = Subject.ORDER if columns["order_id"] else Subject.PATIENT
         key: UUID = columns["order_id"] or columns["patient_id"]
         async with self._gate.transaction([]) as session:
@@ -51,7 +52,7 @@ class Linker:
             )
             if access.patient.id != columns["patient_id"]:
                 raise Conflict("The order is another patient's by now.")
-            await self.link(access, row, files, columns, {"rule": columns["rule"]})
+            await self.link(access, row, files, columns, {"rule": columns["rule"]}, still)
 
     async def link(
         self,
@@ -60,12 +61,27 @@ class Linker:
         files: Sequence[Examined],
         columns: dict[str, Any],
         detail: dict[str, Any],
+        also: Also | None = None,
     ) -> None:
         """Write study, series, instances, links and record, and commit.
 
-        `files` are all of the study that were not linked before, each of them passed. Raises
-        Conflict where something is another's or changed meanwhile: then nothing was written.
+        `files` are all of the study that were not linked before, each of them passed. `also` is
+        done in the same transaction. Raises Conflict where something is another's or changed
+        meanwhile, which then says by whom: nothing was written.
         """
+        async with index.told(access.session, row):
+            await self._write(access, row, files, columns, detail, also)
+        await self._tell(access, row.study_instance_uid)
+
+    async def _write(
+        self,
+        access: PatientAccess,
+        row: Arrival,
+        files: Sequence[Examined],
+        columns: dict[str, Any],
+        detail: dict[str, Any],
+        also: Also | None,
+    ) -> None:
         session, uid = access.session, row.study_instance_uid
         _refuse_anothers(access, row.patient_id if row.state == ArrivalState.LINKED.value else None)
         for each in files:
@@ -74,13 +90,12 @@ class Linker:
         await access.release()
         await self._orthanc.refuse_shared(uid, row.orthanc_id)
         async with self._gate.database.writing():
-            await records.keep(
-                access,
-                [
-                    records.Kept(each.header, each.stored, each.sha256, each.described)
-                    for each in files
-                ],
-            )
+            kept = [
+                records.Kept(each.header, each.stored, each.sha256, each.described)
+                for each in files
+            ]
+            if kept:  # or all of it was linked before, and more is known of it now
+                await records.keep(access, kept)
             owner = await session.get(Study, uid, populate_existing=True)
             if owner is None:
                 raise Conflict("Nothing of this study can be linked.")
@@ -88,6 +103,9 @@ class Linker:
             await records.answer_order(access, uid)
             orders = await orders_of(session, uid)
             await images_changed(session, orders, complete=row.stable, study_instance_uid=uid)
+            await copies.refuse_second(session, row.orthanc_id)
+            if also is not None:
+                await also(session)
             changed = await index.change(
                 session,
                 row,
@@ -107,7 +125,6 @@ class Linker:
                 # A deletion, or the taking back of an upload, was faster.
                 raise Conflict("Images of this study were deleted at the same moment.")
             await session.commit()
-        await self._tell(access, uid)
 
     async def _tell(self, access: PatientAccess, uid: str) -> None:
         study = await access.session.get(Study, uid)

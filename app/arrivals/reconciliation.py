@@ -15,7 +15,7 @@ from sqlmodel.ext.asyncio.session import AsyncSession
 
 from app import linking
 from app.access import PatientAccess, RoleAccess, Subject
-from app.arrivals import facts, index
+from app.arrivals import copies, facts, index
 from app.arrivals.coercion import Coercion
 from app.arrivals.facts import FilesDisagreeError
 from app.arrivals.files import DidNotPassError, Examined, Examiner
@@ -23,13 +23,14 @@ from app.arrivals.linker import Linker, state_of
 from app.arrivals.sight import LISTED, admitted, row_of
 from app.audit import Action
 from app.db import Database, insert_if_absent, utcnow
-from app.errors import Conflict
+from app.errors import Conflict, NotFound
 from app.intake import identity, records
 from app.models import (
     Arrival,
     ArrivalCandidate,
     ArrivalState,
     Instance,
+    Order,
     OrderStatus,
     Study,
 )
@@ -85,19 +86,12 @@ class Reconciliation:
         access = await caller.admit(subject, key)
         row = await row_of(caller, uid)
         await admitted(caller, row, record_grant=False)
-        await _one_owner(caller, uid)
-        _refuse_stale(row, version)
-        _refuse_decided(row)
-        owner = await caller.session.get(Study, uid)
-        if owner is not None and owner.patient_id != access.patient.id:
-            raise Conflict(
-                "Images of this study are linked to another patient already. Undo that link first."
-            )
-        if access.order is not None and access.order.status == OrderStatus.CANCELLED:
-            raise Conflict("The order is cancelled; no images can be linked to it.")
-        await access.release()
-        files = await self._files(row)
-        differences = await self._differences(access, files, coerce=coerce)
+        async with index.told(caller.session, row):
+            await _refuse_confirming(access, row, version)
+            await access.release()
+            files = await self._files(row)
+            differences = await self._differences(access, files, coerce=coerce)
+            await access.release()
         columns = _decision(
             access.principal.sub,
             f"confirmed: {reason}" if reason else "confirmed",
@@ -109,7 +103,14 @@ class Reconciliation:
         if not identity.names_another(differences):
             if differences:
                 detail["differences"] = differences
-            await self._linker.link(access, row, files, columns, detail)
+
+            async def still(session: AsyncSession) -> None:
+                now = await self._differences(access, files, coerce=coerce)
+                order = await _order_now(session, access)
+                if identity.names_another(now) or order == OrderStatus.CANCELLED:
+                    raise Conflict("The patient, or the order, was changed at the same moment.")
+
+            await self._linker.link(access, row, files, columns, detail, still)
             return Decided(row, uid)
         if not coerce:
             raise Conflict(
@@ -121,7 +122,8 @@ class Reconciliation:
         copy = await self._coercion.copy(access, row, files, differences, columns, detail)
         warning = (
             "The identity was rewritten at the top level only: sequences, private elements and "
-            "the pixels may still show the former one, and references the former UIDs."
+            "the pixels may still show the former one. References between the images follow the "
+            "copy; other studies may still refer to the original."
         )
         return Decided(row, copy, warnings=(warning,))
 
@@ -131,6 +133,7 @@ class Reconciliation:
         await admitted(caller, row)
         _refuse_stale(row, version)
         _refuse_decided(row)
+        await copies.refuse_linked(caller.session, row.orthanc_id)
         before = row.state
         columns = _decision(
             caller.principal.sub, f"rejected: {reason}", state="rejected", held=True, due_at=None
@@ -164,8 +167,13 @@ class Reconciliation:
         if await caller.session.get(Study, uid) is None:
             row = await row_of(caller, uid)
             await admitted(caller, row)
-            _refuse_stale(row, -1)
-        access = await caller.admit(Subject.STUDY, uid)
+            raise index.stale(row)
+        try:
+            access = await caller.admit(Subject.STUDY, uid)
+        except NotFound:
+            row = await row_of(caller, uid)  # somebody else has undone it since
+            await admitted(caller, row)
+            raise index.stale(row) from None
         session, study = access.session, access.study
         assert study is not None
         found = await session.get(Arrival, study.orthanc_id, populate_existing=True)
@@ -272,12 +280,35 @@ class Reconciliation:
                 fill=coerce,
                 former=former,
             )
-        await access.release()
         return found
 
 
-async def _one_owner(caller: RoleAccess, uid: str) -> None:
-    rows = await caller.session.exec(
+async def _order_now(session: AsyncSession, access: PatientAccess) -> OrderStatus | None:
+    """The status of the order that the access names, as it is now."""
+    if access.order is None:
+        return None
+    now = (await session.exec(select(Order.status).where(Order.id == access.order.id))).first()
+    return OrderStatus(now) if now is not None else None
+
+
+async def _refuse_confirming(access: PatientAccess, row: Arrival, version: int) -> None:
+    """Raises Conflict where the study is not one to be linked to this patient, or order."""
+    session, uid = access.session, row.study_instance_uid
+    await _one_owner(session, uid)
+    _refuse_stale(row, version)
+    _refuse_decided(row)
+    owner = await session.get(Study, uid, populate_existing=True)
+    if owner is not None and owner.patient_id != access.patient.id:
+        raise Conflict(
+            "Images of this study are linked to another patient already. Undo that link first."
+        )
+    if access.order is not None and access.order.status == OrderStatus.CANCELLED:
+        raise Conflict("The order is cancelled; no images can be linked to it.")
+    await copies.refuse_linked(session, row.orthanc_id)
+
+
+async def _one_owner(session: AsyncSession, uid: str) -> None:
+    rows = await session.exec(
         select(Arrival.orthanc_id).where(
             Arrival.study_instance_uid == uid, Arrival.state != ArrivalState.GONE.value
         )
@@ -290,18 +321,8 @@ async def _one_owner(caller: RoleAccess, uid: str) -> None:
 
 
 def _refuse_stale(row: Arrival, version: int) -> None:
-    if row.version == version and row.state != ArrivalState.ARRIVING.value:
-        return
-    by = f" by {row.decided_by}" if row.decided_by else ""
-    raise Conflict(
-        f"The study was changed meanwhile{by}: it is {row.state} now. Look at it again.",
-        extra={
-            "state": row.state,
-            "version": row.version,
-            "decided_by": row.decided_by,
-            "decision": row.decision,
-        },
-    )
+    if row.version != version or row.state == ArrivalState.ARRIVING.value:
+        raise index.stale(row)
 
 
 def _refuse_decided(row: Arrival) -> None:
@@ -316,9 +337,7 @@ def _refuse_decided(row: Arrival) -> None:
 
 async def _write(session: AsyncSession, row: Arrival, columns: dict[str, Any]) -> None:
     if not await index.change(session, row, **columns):
-        await session.rollback()
-        fresh = await session.get(Arrival, row.orthanc_id, populate_existing=True)
-        _refuse_stale(fresh or row, -1)
+        await index.refuse_changed(session, row)
 
 
 def _decision(sub: str, decision: str, **columns: Any) -> dict[str, Any]:

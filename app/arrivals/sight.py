@@ -122,6 +122,7 @@ async def row_of(caller: RoleAccess, uid: str) -> Arrival:
     found = rows.all()
     await caller.session.commit()  # only read so far
     if found:
+        caller.session.expunge(found[0])  # what is noted in it is not written by the way
         return found[0]
     if await caller.session.get(Study, uid) is not None:
         await caller.admit(Subject.STUDY, uid)

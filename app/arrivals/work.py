@@ -6,6 +6,7 @@ from typing import Any
 
 import sqlalchemy as sa
 from sqlmodel import col, select
+from sqlmodel.ext.asyncio.session import AsyncSession
 
 from app.access import Denial
 from app.arrivals import candidates, facts, index
@@ -13,7 +14,7 @@ from app.arrivals.changes import ORIGIN
 from app.arrivals.facts import FilesDisagreeError
 from app.arrivals.files import DidNotPassError, Examined, Examiner
 from app.arrivals.gone import Gone
-from app.arrivals.linker import Linker
+from app.arrivals.linker import Also, Linker
 from app.audit import Action, AuditTrail, Entry, Outcome
 from app.db import Database
 from app.errors import Conflict, LightboxError, NotFound, Unavailable
@@ -180,7 +181,7 @@ class Work:
         if not there.held.stable:
             await self._keep(row, said, **columns, due_at=index.soon(AGAIN_SECONDS))
         elif said.verdict is Verdict.CERTAIN:
-            await self._linker.link_certain(row, files, columns)
+            await self._linker.link_certain(row, files, columns, self._still(study, said))
         else:
             await self._queue(row, said, columns)
 
@@ -203,6 +204,17 @@ class Work:
         study = facts.merged([*says, kept] if from_files else says)
         again = await self._match(study, there)
         return again, files, study
+
+    def _still(self, study: ArrivedStudy, said: Match) -> Also:
+        """Verdict and link belong in one transaction: the patient may have been taken apart from
+        another in between, the order cancelled."""
+
+        async def still(session: AsyncSession) -> None:
+            now = await candidates.judge_within(session, study, self._authority)
+            if (now.verdict, now.patient_id) != (Verdict.CERTAIN, said.patient_id):
+                raise Conflict("The patient, or the order, was changed at the same moment.")
+
+        return still
 
     async def _match(self, study: ArrivedStudy, there: _There) -> Match:
         async with self._database.session() as session:

@@ -4,7 +4,7 @@ Everything else is copied byte for byte, by ranges: pixels are never held or par
 """
 
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from struct import pack
 from typing import BinaryIO
 
@@ -43,8 +43,16 @@ _IN_META = {
 }
 
 
-def rewrite(source: BinaryIO, target: BinaryIO, scan: Scan, changes: Dataset) -> None:
+def rewrite(
+    source: BinaryIO,
+    target: BinaryIO,
+    scan: Scan,
+    changes: Dataset,
+    encoded: Mapping[int, bytes] | None = None,
+) -> None:
     """Write `source` to `target` with `changes` replacing or joining its top-level elements.
+
+    `encoded` are further elements, by tag, header and value as the file writes them.
 
     `scan` is that of `source`. Values are encoded in the file's transfer syntax and character
     set; text that a file without one (or ISO_IR 6) can't hold makes it ISO_IR 192, as ASCII is
@@ -59,7 +67,7 @@ def rewrite(source: BinaryIO, target: BinaryIO, scan: Scan, changes: Dataset) ->
     refused = [name(e.tag) for e in changes if e.tag >> 16 in (0, 2) or e.tag in _NOT_FOR_CHANGING]
     if refused:
         raise Unprocessable(f"These can't be changed: {', '.join(refused)}.")
-    new = _encoded(source, scan, changes)
+    new = {**(encoded or {}), **_encoded(source, scan, changes)}
     _write_meta(source, target, scan, changes)
     parts = _dataset(source, scan, new)
     if syntax(scan.transfer_syntax_uid).deflated:

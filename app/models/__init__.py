@@ -10,6 +10,7 @@ from app.models.arrivals import (
     ArrivalCandidate,
     ArrivalState,
     FollowerPosition,
+    StudyCopy,
 )
 from app.models.columns import UtcDateTime, folded, new_generation
 from app.models.images import Instance, Series, SeriesMetadata, Study
@@ -66,6 +67,7 @@ __all__ = [
     "SeriesMetadata",
     "SpentToken",
     "Study",
+    "StudyCopy",
     "UtcDateTime",
     "folded",
     "new_generation",

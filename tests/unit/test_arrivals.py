@@ -17,8 +17,8 @@ from pydicom import Dataset
 
 from app.arrivals import facts
 from app.arrivals.changes import Changes, NotOursError
-from app.arrivals.coercion import renumbered
 from app.arrivals.facts import FilesDisagreeError
+from app.arrivals.references import renumbered
 from app.arrivals.sweep import Sweep
 from app.db import Database
 from app.dicom import Limits, orthanc_id, read_header, read_tags, scan

@@ -223,3 +223,22 @@ def test_any_text_is_survived(case: Case, values: dict[str, Any], text: str) -> 
     assert all(each.code in Code for each in found.because)
     look_up(changed.study)
     family_keys(text)
+
+
+@given(RANDOM_CASES, st.sampled_from(["in-progress", "completed", "scheduled"]))
+@settings(max_examples=300, deadline=None)
+def test_what_is_certain_still_is_once_it_is_linked(case: Case, status: str) -> None:
+    """It is asked again in the transaction that has linked it: of the same values, the same."""
+    found = decide(case)
+    if found.verdict is not Verdict.CERTAIN:
+        return
+    study = replace(case.study, owner=found.patient_id)
+    uid = frozenset({study.study_instance_uid})
+    orders = tuple(
+        replace(each, status=status, linked=each.linked | uid)
+        if each.id == found.order_id
+        else each
+        for each in case.orders
+    )
+    again = decide(replace(case, study=study, orders=orders))
+    assert (again.verdict, again.patient_id) == (Verdict.CERTAIN, found.patient_id)
