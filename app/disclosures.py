@@ -1,7 +1,8 @@
 """Who saw a patient's data, when, and under what right: the trail told to the patient.
 
-One entry for each person and day (UTC). A right is named in words; a record that does not name
-one (a viewer's first access to a study: its link's record does) shares those of its person's day.
+One entry for each person and day (UTC). A right is named in words. A record that names none (the
+outcome of a change: its grant does) has those that its person was granted for the same action that
+day, or for any other.
 Only records of this patient are read (and of those who were merged into them), and only studies
 that are still this patient's are described. What was seen of a patient's studies and orders while
 their record was merged is theirs, once it is taken apart again, and not the other one's.
@@ -110,6 +111,8 @@ class Entry:
     name: str = ""
     roles: set[str] = field(default_factory=set)
     rights: set[str] = field(default_factory=set)
+    lent: dict[str, set[str]] = field(default_factory=dict)  # by action: of what is told elsewhere
+    owing: set[str] = field(default_factory=set)  # actions that are told without their right
     emergency: bool = False
     studies: dict[str, Seen] = field(default_factory=dict)
     ways: dict[str, int] = field(default_factory=dict)
@@ -140,8 +143,8 @@ async def disclosures(
     told = [each for each in entries.values() if each.ways or each.denied]
     for entry in told:
         entry.name = names.get(entry.person, "")
-        if entry.ways and not entry.rights:
-            entry.rights.add(BY_ROLE)
+        if entry.ways:
+            _settle(entry)
     return sorted(told, key=lambda each: (-each.day.toordinal(), each.person))
 
 
@@ -273,24 +276,38 @@ def _asked(record: AuditRecord) -> tuple[Any, ...]:
 def _add(
     entry: Entry, record: AuditRecord, known: Known, ended: _Ended, patient_ids: Sequence[UUID]
 ) -> None:
-    detail = json.loads(record.detail)
     entry.roles |= {each for each in record.actor_roles.split(",") if each}
     if record.outcome == Outcome.DENIED:
         entry.denied += 1
         _at(entry, record)
         return
-    by = detail.get("by", [])
-    entry.rights |= {RIGHTS.get(each, str(each)) for each in by if isinstance(by, list)}
-    if record.purpose_of_use:
-        entry.emergency = True
-        entry.rights.add(EMERGENCY)
+    rights = _rights(json.loads(record.detail))
     way = _way(record, ended)
     if not way:
+        entry.lent.setdefault(record.action, set()).update(rights)
         return
+    if record.purpose_of_use:
+        entry.emergency = True
+        rights.add(EMERGENCY)
+    entry.rights |= rights
+    if not rights:
+        entry.owing.add(record.action)
     entry.ways[way] = entry.ways.get(way, 0) + 1
     _at(entry, record)
     if uid := record.study_instance_uid:
         _saw(entry, record, known, uid, way, patient_ids)
+
+
+def _rights(detail: Mapping[str, Any]) -> set[str]:
+    by = detail.get("by", [])
+    return {RIGHTS.get(each, str(each)) for each in by} if isinstance(by, list) else set()
+
+
+def _settle(entry: Entry) -> None:
+    """Give what is told without its right the one that was granted for it."""
+    for action in entry.owing:
+        entry.rights |= entry.lent.get(action, set())
+    entry.rights = entry.rights or set().union(*entry.lent.values()) or {BY_ROLE}
 
 
 def _way(record: AuditRecord, ended: _Ended) -> str:
@@ -324,6 +341,7 @@ _TOLD_WHEN_DONE = {
     "link",
     "list",
     "merge",
+    "review",
     "upload",
     "write",
 }

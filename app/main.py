@@ -195,12 +195,20 @@ async def _closing(opened: _Opened) -> AsyncIterator[_Opened]:
 async def _running(work: Coroutine[Any, Any, None]) -> AsyncIterator[None]:
     """Beside the app, for as long as it lives."""
     task = asyncio.create_task(work)
+    task.add_done_callback(_say_if_it_failed)
     try:
         yield
     finally:
         task.cancel()
         with suppress(asyncio.CancelledError):
             await task
+
+
+def _say_if_it_failed(task: asyncio.Task[None]) -> None:
+    """At once, and not when the app ends."""
+    if not task.cancelled() and (error := task.exception()) is not None:
+        what = getattr(task.get_coro(), "__qualname__", "")
+        logger.critical("%s has stopped; restart Lightbox", what, exc_info=error)
 
 
 @asynccontextmanager

@@ -154,7 +154,7 @@ class IdentitySettings(_Environment):
     patient_claim: str = Field(
         default="patient",
         description="The claim that limits a token to one patient (SMART App Launch): our id, "
-        "`issuer|mrn`, or an MRN of `assigning_authority`; see security.md.",
+        "`issuer|mrn`, or an MRN of `assigning_authority`; see policy.md.",
     )
     service_accounts: Annotated[tuple[str, ...], NoDecode] = Field(
         default=(),

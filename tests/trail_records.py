@@ -32,7 +32,7 @@ def record(action: str, outcome: str, **more: Any) -> AuditRecord:
         "actor_roles": "clinician,radiologist",
         "client_address": "192.0.2.7",
         "sha256": "5e" * 32,
-        "detail": json.dumps(detail),
+        "detail": json.dumps(detail, separators=(",", ":")),
     }
     return AuditRecord(**{**values, **more})
 
@@ -46,6 +46,16 @@ WHOSE: Mapping[str, Mapping[str, Any]] = {
         "patient_id": PATIENT,
         "order_id": ORDER,
         "study_instance_uid": STUDY,
+    },
+    "a study's, of a link": {
+        "patient_id": PATIENT,
+        "study_instance_uid": STUDY,
+        "detail": {"by": ["attends one of the patient's orders"]},
+    },
+    "a study's, by DICOMweb": {
+        "patient_id": PATIENT,
+        "study_instance_uid": STUDY,
+        "detail": {"access": "dicom-web", "by": ["attends one of the patient's orders"]},
     },
     "a study's, of no patient": {"study_instance_uid": STUDY},
     "a session's": {

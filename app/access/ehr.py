@@ -32,6 +32,7 @@ EHR_SILENT = (
 )
 MAX_ANSWER_BYTES = 256 * 1024
 MOST_AT_ONCE = 8  # requests to the EHR
+MOST_LISTS_AT_ONCE = 2  # of these, so that no frame waits for somebody's long list
 MOST_IN_A_BATCH = 100  # questions in one request
 MOST_KEPT = 20_000  # answers
 SILENCE_KEPT_SECONDS = 1.0  # an EHR that did not answer is left alone for so long
@@ -118,6 +119,7 @@ class Ehr:
         self._kept: dict[Question, tuple[float, Verdict]] = {}  # until when; the oldest first
         self._asking: dict[Question, asyncio.Task[Verdict]] = {}
         self._at_once = asyncio.Semaphore(MOST_AT_ONCE)
+        self._lists_at_once = asyncio.Semaphore(MOST_LISTS_AT_ONCE)
 
     @classmethod
     def from_settings(cls, settings: Settings, client: httpx.AsyncClient) -> "Ehr | None":
@@ -167,7 +169,8 @@ class Ehr:
         began = time.monotonic()
         evaluations = [each.to_whom for each in questions]
         body = {**questions[0].who_and_what, "evaluations": evaluations}
-        answer = await self._post("evaluations", body)
+        async with self._lists_at_once:
+            answer = await self._post("evaluations", body)
         told = answer.get("evaluations") if isinstance(answer, dict) else None
         if not isinstance(told, list) or len(told) != len(questions):
             if answer is not None:

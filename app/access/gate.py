@@ -4,7 +4,7 @@ Nothing outside of this module can make a `PatientAccess`; every function that t
 data takes one first. The gate also is the edge of the request's one business transaction.
 """
 
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Collection, Mapping
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
@@ -21,6 +21,7 @@ from app.access.named import CALLER, NOW, caller_values
 from app.access.policy import (
     Decision,
     Reason,
+    Relation,
     clauses,
     decide,
     decide_of_no_patient,
@@ -75,6 +76,11 @@ class Subject(StrEnum):
 SEAL = object()
 
 
+def carried(by: Collection[Relation]) -> dict[str, Any]:
+    """What a grant's record says of the relations that carried it: nothing, where none had to."""
+    return {"by": sorted(by)} if by else {}
+
+
 @dataclass(frozen=True)
 class PatientAccess:
     """A granted, recorded access to one patient. Only this module can make one.
@@ -92,6 +98,7 @@ class PatientAccess:
     study: Study | None = None
     ctx: str = ""
     purpose_of_use: str = ""  # see `policy.Decision`
+    by: frozenset[Relation] = frozenset()  # as of `policy.Decision`
     operation: Operation | None = field(default=None, compare=False)
     seal: object = field(default=None, repr=False, compare=False)
 
@@ -207,8 +214,7 @@ class Gate:
             raise await self._denied(decision, entry)
         entry = replace(entry, purpose_of_use=decision.purpose_of_use)
         if record_grant:
-            by = {"by": sorted(decision.by)} if decision.by else {}
-            entry = await self.grant(session, replace(entry, detail=by))
+            entry = await self.grant(session, replace(entry, detail=carried(decision.by)))
         return PatientAccess(
             session=session,
             principal=principal,
@@ -219,6 +225,7 @@ class Gate:
             study=study,
             ctx=ctx,
             purpose_of_use=decision.purpose_of_use,
+            by=decision.by,
             operation=entry.operation,
             seal=SEAL,
         )

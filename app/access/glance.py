@@ -26,7 +26,7 @@ import sqlalchemy as sa
 from sqlmodel import col
 
 from app.access.ehr import EHR_SILENT, Ehr, Question, Verdict, narrow
-from app.access.gate import SEAL, Denial
+from app.access.gate import SEAL, Denial, carried
 from app.access.named import CALLER, NOW, caller_values
 from app.access.policy import (
     Decision,
@@ -46,6 +46,8 @@ from app.models import Instance, Patient, Study
 UID, SERIES_UID, SOP_UID = "study_uid", "series_uid", "sop_uid"
 RECORD_SECONDS = 300.0
 _MOST_REMEMBERED = 10_000
+_WITH_A_TOKEN = {"access": "dicom-web"}
+"""In the detail of each grant: a viewer link that is made, which shows nothing, has none."""
 NO_SUCH_STUDY = "There is no such study among those you may see."
 
 
@@ -312,7 +314,8 @@ class StudyGate:
                 patient_id=access.patient_id,
                 study_instance_uid=access.study_instance_uid,
                 purpose_of_use=access.purpose_of_use,
-            )
+            ),
+            decision.by,
         )
         return access
 
@@ -329,14 +332,14 @@ class StudyGate:
             )
         )
 
-    async def _record(self, entry: Entry) -> None:
+    async def _record(self, entry: Entry, by: frozenset[Relation]) -> None:
         key = (
             *(entry.actor, entry.actor_roles, entry.origin.client_address),
             *(entry.action.value, entry.study_instance_uid, str(entry.patient_id)),
             entry.purpose_of_use,
         )
         if entry.action is Action.STUDY_RETRIEVE:
-            await self._trail.record(entry)
+            await self._trail.record(replace(entry, detail={**_WITH_A_TOKEN, **carried(by)}))
             return
         if self._recorded.get(key, 0.0) > time.monotonic():
             return
@@ -344,7 +347,7 @@ class StudyGate:
             # Of many requests at once, the first one writes, and the others wait for it.
             if self._recorded.get(key, 0.0) > time.monotonic():
                 return
-            await self._trail.record(entry)
+            await self._trail.record(replace(entry, detail={**_WITH_A_TOKEN, **carried(by)}))
             if len(self._recorded) >= _MOST_REMEMBERED:
                 self._recorded.clear()
             self._recorded[key] = time.monotonic() + RECORD_SECONDS

@@ -191,13 +191,17 @@ class Caller(Guard):
         said = {name: each[0] if len(each) == 1 else each for name, each in given.items()}
         return {"query": said} if said else {}
 
+    def whose(self, request: Request) -> UUID | None:
+        """The patient whom the record names, where the request is about one and no more."""
+        return None
+
     async def __call__(self, request: Request, principal: Signed) -> AsyncIterator[RoleAccess]:
         gate: Gate = request.app.state.gate
         origin = origin_of(request)
         alone = not self.patient_in_body
         entry = entry_of(principal, self.action, origin)
         if alone:
-            entry = replace(entry, detail=self.asked(request))
+            entry = replace(entry, detail=self.asked(request), patient_id=self.whose(request))
         await gate.role_check(principal, entry, record_grant=False, of_no_patient=alone)
         grants: list[Entry] = []
         async with gate.transaction(grants, unread=entry) as session:

@@ -1,4 +1,5 @@
-"""Of many patients at once: whom a list may show, and under which purpose of use each."""
+"""Of many patients at once: whom a list may show, and under which right and purpose of use
+each."""
 
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
@@ -11,9 +12,9 @@ from sqlmodel import col
 from sqlmodel.ext.asyncio.session import AsyncSession
 
 from app.access.ehr import EHR_SILENT, Question, narrow_all
-from app.access.gate import Gate, entry_of
+from app.access.gate import Gate, carried, entry_of
 from app.access.policy import BREAK_THE_GLASS, Decision, Reason, Relation, clauses, decide
-from app.audit import Action, Origin
+from app.audit import Action, Entry, Origin
 from app.db import utcnow
 from app.errors import EhrUnavailable, Unprocessable
 from app.identity import Principal
@@ -38,7 +39,7 @@ class VisiblePatients:
     gate: Gate
     condition: sa.ColumnElement[bool]
     at: datetime
-    _purposes: dict[UUID, str] = field(default_factory=dict, repr=False, compare=False)
+    _shown: dict[UUID, Decision] = field(default_factory=dict, repr=False, compare=False)
 
     async def only(self, query: Query) -> Query:
         """`query`, of the patients alone whom the caller may see. It has `Patient` among its tables
@@ -69,26 +70,35 @@ class VisiblePatients:
         )
         if any(each.reason is Reason.EHR_UNAVAILABLE for each in narrowed.values()):
             raise EhrUnavailable(EHR_SILENT)
-        shown = {key: each.purpose_of_use for key, each in narrowed.items() if each.allowed}
-        self._purposes.update(shown)
+        shown = {key: each for key, each in narrowed.items() if each.allowed}
+        self._shown.update(shown)
         return seen.where(col(Patient.id).in_(shown))
 
     async def disclose(self, patient_ids: Iterable[UUID]) -> None:
-        """Record, before the answer leaves, whose data a list shows, each under its purpose of
-        use: one patient a record."""
+        """Record, before the answer leaves, whose data a list shows, each with its right and
+        under its purpose of use: one patient a record."""
         shown = sorted(set(patient_ids))
         if not shown:
             return
-        left = [each for each in shown if each not in self._purposes]
+        left = [each for each in shown if each not in self._shown]
         found = await _facts(self.session, self.principal, self.action, left, self.at)
-        purposes = {key: each.purpose_of_use for key, each in found.items()} | self._purposes
+        told = {key: each.told for key, each in found.items()} | self._shown
         entry = entry_of(self.principal, self.action, self.origin)
         await self.gate.trail.record(
-            *(
-                replace(entry, patient_id=each, purpose_of_use=purposes.get(each, ""))
-                for each in shown
-            )
+            *(_disclosed(entry, each, told.get(each, _NOTHING)) for each in shown)
         )
+
+
+_NOTHING = Decision(allowed=False)
+
+
+def _disclosed(entry: Entry, patient_id: UUID, decision: Decision) -> Entry:
+    return replace(
+        entry,
+        patient_id=patient_id,
+        purpose_of_use=decision.purpose_of_use,
+        detail=carried(decision.by),
+    )
 
 
 async def decisions(
@@ -116,11 +126,12 @@ class _Decided:
     broke: bool  # the glass is broken for them
 
     @property
-    def purpose_of_use(self) -> str:
+    def told(self) -> Decision:
         """What was shown is marked. Right lost since it was read: as if the glass alone gave it."""
-        if self.decision.allowed:
-            return self.decision.purpose_of_use
-        return BREAK_THE_GLASS if self.broke else ""
+        if self.decision.allowed or not self.broke:
+            return self.decision
+        alone = frozenset({Relation.BROKE_GLASS})
+        return replace(self.decision, by=alone, purpose_of_use=BREAK_THE_GLASS)
 
 
 def _decided(

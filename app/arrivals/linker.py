@@ -7,7 +7,7 @@ from uuid import UUID
 from sqlmodel import col, select
 from sqlmodel.ext.asyncio.session import AsyncSession
 
-from app import linking
+from app import aliases, linking
 from app.access import Gate, PatientAccess, Subject
 from app.arrivals import copies, index
 from app.arrivals.changes import ORIGIN
@@ -94,8 +94,12 @@ class Linker:
                 records.Kept(each.header, each.stored, each.sha256, each.described)
                 for each in files
             ]
-            if kept:  # or all of it was linked before, and more is known of it now
+            if kept:
                 await records.keep(access, kept)
+            else:
+                # All of it was linked before, and more is known of it now. No row is filed, which
+                # would wait for who merges the patient, or takes them apart, and make them wait.
+                await aliases.lock(session, [access.patient.id])
             owner = await session.get(Study, uid, populate_existing=True)
             if owner is None:
                 raise Conflict("Nothing of this study can be linked.")

@@ -53,16 +53,27 @@ class Event(NamedTuple):
     type: Code | None = None
 
 
-_EVENTS: Mapping[Action, Event] = {
+def _own(action: Action, verb: str) -> Event:
+    """An event that the standard has no word for."""
+    return Event(ours(action.value), verb)
+
+
+EVENTS: Mapping[Action, Event] = {
     Action.ACCESS_EXPLAIN: Event(PATIENT_RECORD, "R"),
     Action.ACCESS_REPORT: Event(AUDIT_LOG_USED, "R"),
     Action.APPLICATION_START: Event(APPLICATION_ACTIVITY, "E", APPLICATION_START),
     Action.APPLICATION_STOP: Event(APPLICATION_ACTIVITY, "E", APPLICATION_STOP),
+    Action.ARCHIVE_CHANGE: Event(PATIENT_RECORD, "U"),
+    Action.ARRIVAL_LIST: Event(QUERY, "E"),
+    Action.AUDIT_PURGE: _own(Action.AUDIT_PURGE, "E"),
     Action.AUDIT_READ: Event(AUDIT_LOG_USED, "R"),
     Action.CARE_TEAM_READ: Event(PATIENT_RECORD, "R"),
     Action.CARE_TEAM_WRITE: Event(SECURITY_ALERT, "E", USER_SECURITY),
     Action.GLASS_BREAK: Event(SECURITY_ALERT, "E", EMERGENCY),
     Action.GLASS_REVIEW: Event(PATIENT_RECORD, "R"),
+    Action.IMPORT_CANCEL: _own(Action.IMPORT_CANCEL, "E"),
+    Action.IMPORT_READ: _own(Action.IMPORT_READ, "R"),
+    Action.IMPORT_WRITE: _own(Action.IMPORT_WRITE, "U"),
     Action.ORDER_CREATE: Event(ORDER_RECORD, "C"),
     Action.ORDER_LIST: Event(QUERY, "E"),
     Action.ORDER_READ: Event(ORDER_RECORD, "R"),
@@ -80,33 +91,41 @@ _EVENTS: Mapping[Action, Event] = {
     Action.SESSION_REVOKE: Event(USER_AUTHENTICATION, "E", LOGOUT),
     Action.SIGN_IN: Event(USER_AUTHENTICATION, "E", LOGIN),
     Action.SIGN_OUT: Event(USER_AUTHENTICATION, "E", LOGOUT),
+    Action.STATISTICS_READ: _own(Action.STATISTICS_READ, "R"),
     Action.STUDY_COERCE: Event(INSTANCES_ACCESSED, "U"),
     Action.STUDY_DELETE: Event(STUDY_DELETED, "D"),
+    Action.STUDY_LINK: Event(PATIENT_RECORD, "U"),
     Action.STUDY_LIST: Event(QUERY, "E"),
     Action.STUDY_READ: Event(INSTANCES_ACCESSED, "R"),
     Action.STUDY_RETRIEVE: Event(INSTANCES_TRANSFERRED, "R"),
     Action.STUDY_UPLOAD: Event(INSTANCES_TRANSFERRED, "C"),
     Action.STUDY_VIEW: Event(INSTANCES_ACCESSED, "R"),
+    Action.TAGS_MODIFY: _own(Action.TAGS_MODIFY, "E"),
+    Action.TAGS_READ: _own(Action.TAGS_READ, "E"),
+    Action.WORKLIST_PUBLISH: Event(PATIENT_RECORD, "R"),
 }
+"""Every action, as long as nothing else is said of its record: see `event_of`."""
 _ABOUT_STUDIES = {INSTANCES_ACCESSED, INSTANCES_TRANSFERRED, STUDY_DELETED}
 
 
-def event_of(record: AuditRecord, has_study: bool) -> Event:
-    """The event that a record is.
+def event_of(record: AuditRecord, *, has_study: bool, is_link: bool = False) -> Event:
+    """The event that a record is. `is_link`: see `app.audit.known`.
 
     What was denied is the use of a restricted function, whatever it was; a sign-in that failed
     is one. The standard's events name a patient, and those of images a study: a record that
     doesn't is an event of the next wider kind, and of our own (the action) where there is none.
     """
     try:
-        event = _EVENTS.get(Action(record.action))
+        event = EVENTS[Action(record.action)]
     except ValueError:  # of another version
-        event = None
-    if record.outcome == Outcome.DENIED and (event is None or event.id != USER_AUTHENTICATION):
+        event = Event(ours(record.action), "E")
+    if record.outcome == Outcome.DENIED and event.id != USER_AUTHENTICATION:
         return Event(SECURITY_ALERT, "E", RESTRICTED_FUNCTION)
-    if event is None:
-        is_search = record.action.endswith(":list")
-        return Event(QUERY if is_search else ours(record.action), "E")
+    if is_link or (event.type == EMERGENCY and record.outcome != Outcome.DONE):
+        # Nobody has seen anything by a link yet; and a grant alone breaks no glass.
+        return Event(ours(record.action), "E")
+    if record.action == Action.GLASS_REVIEW and record.outcome == Outcome.DONE:
+        event = Event(PATIENT_RECORD, "U")
     if event.id in _ABOUT_STUDIES and not (has_study and record.patient_id):
         event = Event(ORDER_RECORD if record.order_id else PATIENT_RECORD, event.action)
     if event.id == ORDER_RECORD and not (record.order_id and record.patient_id):

@@ -117,6 +117,8 @@ class Feed:
             if not records:
                 return 0
             known = await look_up(session, records, count_instances=True)
+        if position is None:
+            await self._arrived(0)  # on record before anything is sent: a purge waits for it
         messages = [
             syslog_message(
                 each.id or 0,

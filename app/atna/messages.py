@@ -24,7 +24,7 @@ from app.atna.events import (
     outcome_indicator,
 )
 from app.audit import Outcome
-from app.audit.known import Known, studies_of
+from app.audit.known import Known, is_link, studies_of
 from app.models import AuditRecord
 
 _APPLICATION = dcm("110150", "Application")
@@ -57,7 +57,7 @@ def audit_message(record: AuditRecord, known: Known, reporter: Reporter) -> byte
     """The XML of a record, in UTF-8. Its last object names the record by its id, by which a
     receiver can tell a message that came twice."""
     studies = studies_of(record)
-    event = event_of(record, bool(studies))
+    event = event_of(record, has_study=bool(studies), is_link=is_link(record))
     message = Element("AuditMessage")
     _event_identification(message, record, event)
     _participants(message, record, event, reporter)

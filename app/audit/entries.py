@@ -90,6 +90,7 @@ UNDERTAKEN = frozenset(
         Action.PATIENT_WRITE,
         Action.RESTRICTION_WRITE,
         Action.SESSION_REVOKE,
+        Action.SIGN_OUT,
         Action.STUDY_COERCE,
         Action.STUDY_DELETE,
         Action.STUDY_LINK,

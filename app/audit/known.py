@@ -12,6 +12,7 @@ from itertools import islice
 from typing import Any, TypeVar
 from uuid import UUID
 
+import sqlalchemy as sa
 from sqlalchemy.orm import aliased
 from sqlmodel import col, func, select
 from sqlmodel.ext.asyncio.session import AsyncSession
@@ -20,6 +21,8 @@ from app.models import AuditRecord, Instance, Order, Patient, Study
 
 _AT_ONCE = 500  # values of one IN
 _T = TypeVar("_T")
+BY_DICOMWEB = '{"access":"dicom-web"'
+"""How the detail of a look by DICOMweb with a token begins (`app.access.glance`)."""
 
 
 @dataclass(frozen=True)
@@ -69,6 +72,33 @@ class Known:
         if isinstance(asked, dict):
             return asked
         return None if record.id is None else self.queries.get(record.id)
+
+
+def is_link(record: AuditRecord) -> bool:
+    """Is it of a viewer link that was made, with which nothing has been seen yet?
+
+    A look in a viewer names its `ctx`, one by DICOMweb with a token says `access`; neither has an
+    outcome.
+    """
+    if record.action != "study:view" or record.outcome == "denied":
+        return False
+    looked = record.ctx or record.detail.startswith(BY_DICOMWEB)
+    return record.outcome != "granted" or not looked
+
+
+def of_a_link() -> sa.ColumnElement[bool]:
+    """`is_link`, as a condition on the trail."""
+    return sa.and_(
+        col(AuditRecord.action) == "study:view",
+        sa.or_(
+            col(AuditRecord.outcome).in_(("done", "failed")),
+            sa.and_(
+                col(AuditRecord.outcome) == "granted",
+                col(AuditRecord.ctx) == "",
+                sa.not_(col(AuditRecord.detail).startswith(BY_DICOMWEB)),
+            ),
+        ),
+    )
 
 
 def studies_of(record: AuditRecord) -> list[str]:

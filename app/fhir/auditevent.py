@@ -14,8 +14,8 @@ from ipaddress import ip_address
 from typing import Any
 from urllib.parse import urlencode
 
-from app.audit import Outcome
-from app.audit.known import Known, studies_of
+from app.audit import Action, Outcome
+from app.audit.known import Known, is_link, studies_of
 from app.fhir import codes
 from app.fhir.codes import CHANGES, Json, Kind, coding, kind_of, outcome_code
 from app.models import AuditRecord
@@ -32,7 +32,8 @@ class Server:
 
 def audit_event(record: AuditRecord, known: Known, server: Server) -> Json:
     """The AuditEvent of a record, with what is known of those that it names."""
-    kind, outcome = kind_of(record.action), outcome_code(record.action, record.outcome)
+    kind = kind_of(record.action, record.outcome, is_link=is_link(record))
+    outcome = outcome_code(record.action, record.outcome)
     shape = kind.value
     query = known.query(record) if kind is Kind.QUERY else None
     event: Json = {
@@ -87,7 +88,11 @@ def _profile(record: AuditRecord, kind: Kind, outcome: str, query: Mapping[str, 
 def _outcome_description(record: AuditRecord, kind: Kind) -> str:
     problem = json.loads(record.detail).get("problem", "")
     said = ": ".join(each for each in (record.reason, str(problem)) if each)
-    if not said and record.outcome == Outcome.GRANTED and kind in CHANGES:
+    if said or record.outcome != Outcome.GRANTED:
+        return said
+    if record.action == Action.GLASS_BREAK:
+        return "granted; a glass that was broken has a record of its own, done"
+    if kind in CHANGES or (record.action == Action.STUDY_VIEW and kind is Kind.OPERATION):
         return "granted; what became of it has a record of its own with the same X-Request-Id"
     return said
 
@@ -238,7 +243,7 @@ def _patient(record: AuditRecord, known: Known) -> Json:
 def _study(record: AuditRecord, known: Known, uid: str) -> Json:
     study = known.study(record, uid)
     shown = {"display": study.description} if study and study.description else {}
-    identifier = {"system": "urn:dicom:uid", "value": f"urn:oid:{uid}"}
+    identifier = {"system": codes.UID_SYSTEM, "value": f"urn:oid:{uid}"}
     return {"type": "ImagingStudy", "identifier": identifier, **shown}
 
 

@@ -21,6 +21,7 @@ SOURCE_TYPE = "http://terminology.hl7.org/CodeSystem/security-source-type"
 IDENTIFIER_TYPE = "http://terminology.hl7.org/CodeSystem/v2-0203"
 BALP = "https://profiles.ihe.net/ITI/BALP"
 BALP_ENTITY_TYPE = f"{BALP}/CodeSystem/BasicAuditEntityType"
+UID_SYSTEM = "urn:dicom:uid"
 ACTION_SYSTEM = "urn:lightbox:audit:action"
 OUTCOME_SYSTEM = "urn:lightbox:audit:outcome"
 ROLE_SYSTEM = "urn:lightbox:role"
@@ -93,45 +94,75 @@ class Kind(Enum):
     )
 
 
-_KINDS: Mapping[Action, Kind] = {
+KINDS: Mapping[Action, Kind] = {
+    Action.ACCESS_EXPLAIN: Kind.READ,
+    Action.ACCESS_REPORT: Kind.READ,
     Action.APPLICATION_START: Kind.START,
     Action.APPLICATION_STOP: Kind.STOP,
+    Action.ARCHIVE_CHANGE: Kind.OPERATION,
+    Action.ARRIVAL_LIST: Kind.QUERY,
+    Action.AUDIT_PURGE: Kind.OPERATION,
     Action.AUDIT_READ: Kind.QUERY,
-    Action.GLASS_BREAK: Kind.EMERGENCY,
+    Action.CARE_TEAM_READ: Kind.READ,
+    Action.CARE_TEAM_WRITE: Kind.UPDATE,
+    Action.GLASS_BREAK: Kind.OPERATION,
+    Action.GLASS_REVIEW: Kind.READ,
+    Action.IMPORT_CANCEL: Kind.OPERATION,
+    Action.IMPORT_READ: Kind.READ,
+    Action.IMPORT_WRITE: Kind.UPDATE,
+    Action.ORDER_CREATE: Kind.CREATE,
+    Action.ORDER_LIST: Kind.QUERY,
+    Action.ORDER_READ: Kind.READ,
+    Action.ORDER_WRITE: Kind.UPDATE,
+    Action.PATIENT_CREATE: Kind.CREATE,
+    Action.PATIENT_LIST: Kind.QUERY,
+    Action.PATIENT_MERGE: Kind.UPDATE,
+    Action.PATIENT_READ: Kind.READ,
+    Action.PATIENT_WRITE: Kind.UPDATE,
+    Action.RESTRICTION_READ: Kind.READ,
+    Action.RESTRICTION_WRITE: Kind.UPDATE,
     Action.SESSION_END: Kind.LOGOUT,
+    Action.SESSION_LIST: Kind.QUERY,
     Action.SESSION_OPEN: Kind.LOGIN,
     Action.SESSION_REVOKE: Kind.LOGOUT,
     Action.SIGN_IN: Kind.LOGIN,
     Action.SIGN_OUT: Kind.LOGOUT,
+    Action.STATISTICS_READ: Kind.READ,
+    Action.STUDY_COERCE: Kind.UPDATE,
+    Action.STUDY_DELETE: Kind.DELETE,
+    Action.STUDY_LINK: Kind.UPDATE,
+    Action.STUDY_LIST: Kind.QUERY,
+    Action.STUDY_READ: Kind.READ,
+    Action.STUDY_RETRIEVE: Kind.READ,
+    Action.STUDY_UPLOAD: Kind.CREATE,
+    Action.STUDY_VIEW: Kind.READ,
+    Action.TAGS_MODIFY: Kind.OPERATION,
     Action.TAGS_READ: Kind.OPERATION,  # of a file that stays nobody's
+    Action.WORKLIST_PUBLISH: Kind.OPERATION,
 }
-_KINDS_BY_VERB: Mapping[str, Kind] = {
-    "coerce": Kind.UPDATE,
-    "create": Kind.CREATE,
-    "delete": Kind.DELETE,
-    "explain": Kind.READ,
-    "link": Kind.UPDATE,
-    "list": Kind.QUERY,
-    "read": Kind.READ,
-    "report": Kind.READ,
-    "retrieve": Kind.READ,
-    "review": Kind.UPDATE,
-    "upload": Kind.CREATE,
-    "view": Kind.READ,
-    "merge": Kind.UPDATE,
-    "write": Kind.UPDATE,
+"""Every action."""
+DONE_KINDS: Mapping[Action, Kind] = {
+    Action.GLASS_BREAK: Kind.EMERGENCY,
+    Action.GLASS_REVIEW: Kind.UPDATE,
 }
+"""Of these, what was done is another kind: a grant alone breaks no glass, and the queue of reviews
+is read under the same right as a review is written."""
 CHANGES = frozenset({Kind.CREATE, Kind.UPDATE, Kind.DELETE})
 """What has a record of its own for what became of it; the grant before is no change yet."""
 
 
-def kind_of(action: str) -> Kind:
-    """The kind of an action's events; an action that nothing is said of is an operation."""
+def kind_of(action: str, outcome: str, *, is_link: bool = False) -> Kind:
+    """The kind of an event; an action of another version is an operation, and so is a viewer link
+    that was made (`app.audit.known.is_link`): nobody has seen anything by it yet."""
     try:
-        known = _KINDS.get(Action(action))
-    except ValueError:  # of another version
-        known = None
-    return known or _KINDS_BY_VERB.get(action.rpartition(":")[2], Kind.OPERATION)
+        known = Action(action)
+    except ValueError:
+        return Kind.OPERATION
+    if is_link:
+        return Kind.OPERATION
+    if outcome == Outcome.DONE and known in DONE_KINDS:
+        return DONE_KINDS[known]
+    return KINDS[known]
 
 
 def outcome_code(action: str, outcome: str) -> str:

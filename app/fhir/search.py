@@ -17,13 +17,14 @@ import sqlalchemy as sa
 from sqlmodel import col
 
 from app.audit import Action, Outcome
+from app.audit.known import of_a_link
 from app.errors import Unprocessable
-from app.fhir.codes import kind_of, outcome_code
+from app.fhir.codes import UID_SYSTEM, kind_of, outcome_code
 from app.models import AuditRecord
 
 MOST_ON_A_PAGE = 200
 DEFAULT_COUNT = 50
-_MOST_PARAMETERS = 50
+_MOST_PARAMETERS = 12  # of more, each with many values, SQLite thinks for half a minute
 _MOST_ALTERNATIVES = 100
 _LARGEST_ID = 2**63 - 1
 _LONGEST_ID = 64  # FHIR's `id`
@@ -35,6 +36,8 @@ _DATE = re.compile(
     re.ASCII,
 )
 
+_OF_A_LOOK = kind_of(Action.STUDY_VIEW, Outcome.GRANTED).value.action
+_OF_A_LINK = kind_of(Action.STUDY_VIEW, Outcome.GRANTED, is_link=True).value.action
 Condition = sa.ColumnElement[bool]
 
 
@@ -43,7 +46,7 @@ class Parameter(NamedTuple):
 
     name: str
     type: str
-    condition: Callable[[str], Condition] | None
+    condition: Callable[[str, str], Condition] | None
     documentation: str = ""
 
 
@@ -59,8 +62,11 @@ class Search:
     used: list[tuple[str, str]] = field(default_factory=list)
 
 
-def read_search(parameters: Iterable[tuple[str, str]], *, lenient: bool = False) -> Search:
-    """The search that these parameters ask for. Raises Unprocessable."""
+def read_search(
+    parameters: Iterable[tuple[str, str]], *, lenient: bool = False, token_issuer: str = ""
+) -> Search:
+    """The search that these parameters ask for, where `token_issuer` is the system of all agents
+    (empty: they have none). Raises Unprocessable."""
     search = Search()
     given = list(parameters)
     if len(given) > _MOST_PARAMETERS:
@@ -81,7 +87,7 @@ def read_search(parameters: Iterable[tuple[str, str]], *, lenient: bool = False)
                 raise Unprocessable(
                     f"`{name}` takes at most {_MOST_ALTERNATIVES} values with commas between them."
                 )
-            wanted = [parameter.condition(each) for each in alternatives]
+            wanted = [parameter.condition(each, token_issuer) for each in alternatives]
             search.conditions.append(sa.or_(*wanted))
         elif [each for each, _ in given].count(name) > 1:
             raise Unprocessable(f"`{name}` is given more than once.")
@@ -94,10 +100,30 @@ def read_search(parameters: Iterable[tuple[str, str]], *, lenient: bool = False)
 
 
 def _alternatives(value: str) -> list[str]:
-    """The values that commas stand between, each once; a comma of a value itself is written
-    `\\,`."""
-    found = [re.sub(r"\\([\\,|$])", r"\1", each) for each in re.split(r"(?<!\\),", value)]
-    return list(dict.fromkeys(found))
+    """The values that commas stand between, each once and as it was written; a comma of a value
+    itself is written `\\,`."""
+    return list(dict.fromkeys(_split(value, ",")))
+
+
+def _split(text: str, mark: str) -> list[str]:
+    """The parts between the marks that have no backslash of their own (FHIR 3.1.1.4.0)."""
+    parts, escaped = [""], False
+    for each in text:
+        if each == mark and not escaped:
+            parts.append("")
+        else:
+            parts[-1] += each
+        escaped = each == "\\" and not escaped
+    return parts
+
+
+def _token(text: str) -> tuple[str | None, str]:
+    """System and value, `system|value`; None: no system is named, and any will do. A bar of a value
+    itself is written `\\|`."""
+    *systems, value = (re.sub(r"\\([\\,|$])", r"\1", each) for each in _split(text, "|"))
+    if len(systems) > 1:
+        raise Unprocessable(r"More than one | stands in a value; one of the value itself is \|.")
+    return (systems[0] if systems else None), value
 
 
 def _count(value: str) -> int:
@@ -109,7 +135,7 @@ def _count(value: str) -> int:
 # ------------------------------------------------------------------------------------ conditions
 
 
-def _by_id(value: str) -> Condition:
+def _by_id(value: str, _issuer: str) -> Condition:
     if len(value) > _LONGEST_ID:
         raise Unprocessable(f"`_id` has at most {_LONGEST_ID} characters.")
     if not (value.isascii() and value.isdigit()) or int(value) > _LARGEST_ID:
@@ -117,13 +143,13 @@ def _by_id(value: str) -> Condition:
     return col(AuditRecord.id) == int(value)
 
 
-def _by_cursor(value: str) -> Condition:
+def _by_cursor(value: str, _issuer: str) -> Condition:
     if not (value.isascii() and value.isdigit() and len(value) <= 18):
         raise Unprocessable("`_before` is not one that this API gave.")
     return col(AuditRecord.id) < int(value)
 
 
-def _by_date(value: str) -> Condition:
+def _by_date(value: str, _issuer: str) -> Condition:
     """FHIR 3.1.1.4.7: a value is a span as long as its last part, and so is compared."""
     prefix, low, high = read_date(value)
     at = col(AuditRecord.at)
@@ -174,28 +200,37 @@ def _end(low: datetime, part: dict[str, str | None]) -> datetime:
     return low.replace(year=low.year + 1)
 
 
-def _by_patient(value: str) -> Condition:
+def _by_patient(value: str, _issuer: str) -> Condition:
     return col(AuditRecord.patient_id) == _reference(value, "Patient", "patient")
 
 
-def _by_agent(value: str) -> Condition:
-    """By `sub`; what stands before a `|` is the system, and all are of one."""
-    return col(AuditRecord.actor) == value.rpartition("|")[2].removeprefix("Practitioner/")
+def _by_agent(value: str, issuer: str) -> Condition:
+    """By `sub`, or by `system|sub`; the system is who issues our tokens. `|sub` is a person without
+    one, `system|` anybody of it."""
+    system, sub = _token(value)
+    if system is not None and system != issuer:
+        return sa.false()
+    if system and not sub:
+        return col(AuditRecord.actor) != ""
+    return col(AuditRecord.actor) == sub.removeprefix("Practitioner/")
 
 
-def _by_entity(value: str) -> Condition:
+def _by_entity(value: str, issuer: str) -> Condition:
     """By a patient, an order or a study: `Patient/id`, `ServiceRequest/id`, `urn:oid:uid`."""
     kind, slash, _ = value.partition("/")
     if slash and kind == "Patient":
-        return _by_patient(value)
+        return _by_patient(value, issuer)
     if slash and kind == "ServiceRequest":
         return col(AuditRecord.order_id) == _reference(value, "ServiceRequest", "entity")
-    uid = value.rpartition("|")[2].removeprefix("urn:oid:")
+    system, uid = _token(value)
+    uid = uid.removeprefix("urn:oid:")
     if len(uid) > 64 or not _UID.fullmatch(uid):
         raise Unprocessable(
             "`entity` must be `Patient/` or `ServiceRequest/` and an id, or a study's UID as "
             "`urn:oid:...`."
         )
+    if system not in (None, UID_SYSTEM):
+        return sa.false()
     return col(AuditRecord.study_instance_uid) == uid
 
 
@@ -208,14 +243,21 @@ def _reference(value: str, kind: str, name: str) -> UUID:
         ) from error
 
 
-def _by_action(value: str) -> Condition:
+def _by_action(value: str, _issuer: str) -> Condition:
     if value not in "CRUDE" or len(value) != 1:
         raise Unprocessable("`action` must be one of C, R, U, D, E.")
-    actions = [each.value for each in Action if kind_of(each).value.action == value]
-    return col(AuditRecord.action).in_(actions)
+    action, outcome = col(AuditRecord.action), col(AuditRecord.outcome)
+    wanted = []
+    for each in Outcome:
+        of_it = [name.value for name in Action if kind_of(name, each).value.action == value]
+        wanted.append(sa.and_(outcome == each.value, action.in_(of_it)))
+    found = sa.or_(*wanted)
+    if value == _OF_A_LOOK:
+        return sa.and_(found, sa.not_(of_a_link()))
+    return sa.or_(found, of_a_link()) if value == _OF_A_LINK else found
 
 
-def _by_outcome(value: str) -> Condition:
+def _by_outcome(value: str, _issuer: str) -> Condition:
     if value not in ("0", "4", "8", "12"):
         raise Unprocessable("`outcome` must be one of 0, 4, 8, 12.")
     pairs = [
@@ -231,7 +273,9 @@ _FORMATS = ("json", "application/json", "application/fhir+json")
 PARAMETERS: Sequence[Parameter] = (
     Parameter("_id", "token", _by_id, "The id of a record."),
     Parameter("action", "token", _by_action, "C, R, U, D or E."),
-    Parameter("agent", "reference", _by_agent, "Who asked: `sub` of their token."),
+    Parameter(
+        "agent", "reference", _by_agent, "Who asked: `sub` of their token; `system|sub` too."
+    ),
     Parameter("agent:identifier", "token", _by_agent),
     Parameter(
         *("date", "date", _by_date),
@@ -239,7 +283,7 @@ PARAMETERS: Sequence[Parameter] = (
     ),
     Parameter(
         *("entity", "reference", _by_entity),
-        "`Patient/id`, `ServiceRequest/id`, or a study's UID as `urn:oid:...`.",
+        "`Patient/id`, `ServiceRequest/id`, or the UID, `urn:oid:...`, of the record's own study.",
     ),
     Parameter("entity:identifier", "token", _by_entity),
     Parameter("outcome", "token", _by_outcome, "0 granted or done, 4 failed, 8 denied."),

@@ -156,6 +156,7 @@ async def unmerge(
     for kind, table, key in _MOVED[2:]:
         keys = [_key(kind, each) for each in (await _noted(session, done, kind))]
         back[kind] = await _give_back(session, done, table, key, keys)
+    await _arrivals_follow(session, done)
     rights = await part_rights(session, done, access.principal.sub)
     await images_changed(session, [order_id for order_id, _ in decisions.unlink])
     done.unmerged_at, done.unmerged_by = utcnow(), access.principal.sub
@@ -393,3 +394,20 @@ async def _give_back(
         )
         count += moved.rowcount
     return count
+
+
+async def _arrivals_follow(session: AsyncSession, done: PatientMerge) -> None:
+    """What is linked is said to be whose its study is: also what came since, of which no row was
+    noted. Else the survivor would be shown it, and more of it would be another's."""
+    for whose, other in ((done.patient_id, done.into_id), (done.into_id, done.patient_id)):
+        theirs = select(Study.orthanc_id).where(Study.patient_id == whose)
+        await session.exec(
+            sa.update(Arrival)
+            .where(
+                col(Arrival.state) == ArrivalState.LINKED.value,
+                col(Arrival.patient_id) == other,
+                col(Arrival.orthanc_id).in_(theirs),
+            )
+            .values(patient_id=whose, version=Arrival.version + 1)
+            .execution_options(synchronize_session=False)
+        )

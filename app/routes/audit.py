@@ -23,7 +23,19 @@ from app.routing import AccessRouter
 
 router = AccessRouter(prefix="/api/v1/audit", tags=["audit"])
 
-ReadAudit = Annotated[RoleAccess, Depends(Caller(Action.AUDIT_READ), scope="function")]
+
+class ReadTrail(Caller):
+    """As `Caller`; the record is about the patient whose records alone are asked for."""
+
+    def whose(self, request: Request) -> UUID | None:
+        named = request.query_params.getlist("patient_id")
+        try:
+            return UUID(named[0]) if len(named) == 1 else None
+        except ValueError:
+            return None  # refused, once it is recorded
+
+
+ReadAudit = Annotated[RoleAccess, Depends(ReadTrail(Action.AUDIT_READ), scope="function")]
 Ctx = Annotated[str, Query(max_length=64, description="A viewer's session.")]
 From = Annotated[UtcTime | None, Query(alias="from")]
 To = Annotated[UtcTime | None, Query(alias="to")]

@@ -74,8 +74,11 @@ async def search_audit_events(access: Searching, request: Request) -> Response:
     """AuditEvents, newest first. Searching them is recorded too."""
     settings: Settings = request.app.state.settings
     prefer = ",".join(request.headers.getlist("prefer"))
+    server = _server(settings)
     search = read_search(
-        request.query_params.multi_items(), lenient=_LENIENT.search(prefer) is not None
+        request.query_params.multi_items(),
+        lenient=_LENIENT.search(prefer) is not None,
+        token_issuer=server.token_issuer,
     )
     query = select(AuditRecord).where(*search.conditions)
     found = (
@@ -85,7 +88,6 @@ async def search_audit_events(access: Searching, request: Request) -> Response:
     ).all()
     page = found[: search.count]
     known = await look_up(access.session, page)
-    server = _server(settings)
     events = [audit_event(each, known, server) for each in page]
     self_url, next_url = f"{_base(settings)}/AuditEvent", None
     if len(found) > search.count:

@@ -13,6 +13,7 @@ from pydantic import BaseModel, Field
 from sqlmodel import col, select
 
 from app.access import Caller, Gate, Public, RoleAccess, decisions
+from app.access.gate import carried
 from app.access.guards import origin_of
 from app.audit import Action, AuditTrail, Entry, Outcome
 from app.db import insert_if_absent, utcnow
@@ -127,7 +128,8 @@ async def list_sessions(
     purposes = {key: each.purpose_of_use for key, each in allowed.items() if each.allowed}
     elsewhere = await _elsewhere(access, page)
     for patient_id in sorted(purposes):
-        await access.done(patient_id=patient_id, purpose_of_use=purposes[patient_id])
+        by = carried(allowed[patient_id].by)
+        await access.done(patient_id=patient_id, purpose_of_use=purposes[patient_id], detail=by)
     shown = []
     for each in page:
         uids = [uid for uid in each.opens.split(",") if (each.ctx, uid) not in elsewhere]
@@ -204,12 +206,18 @@ async def backchannel_logout(
     except Unauthenticated as error:
         await gate.failed_tries.record(replace(entry, reason="bad-token"))
         return _bad_request(request, error.detail)
-    entry = replace(entry, actor=told.sub)
+    said = {"sub": told.sub, "sid": told.sid}
+    entry = replace(entry, actor=told.sub, detail=said)
     async with gate.database.session() as session:
         known = await session.get(SpentToken, sha256(told.jti)) is not None
-    if not known:  # or an old one, sent again, would end a later sign-in
+    if known:  # or an old one, sent again, would end a later sign-in
+        await gate.failed_tries.record(replace(entry, reason="replayed", detail={}))
+        return _bad_request(request, _USED)
+    grants: list[Entry] = []
+    async with gate.transaction(grants) as session:
+        granted = await gate.grant(session, entry)
+        grants.append(granted)
         await viewer.closing.sign_out(told.sub, told.sid)
-    async with gate.transaction([]) as session:
         spent = insert_if_absent(
             session, SpentToken, jti_sha256=sha256(told.jti), spent_at=utcnow()
         )
@@ -223,11 +231,13 @@ async def backchannel_logout(
                 actor=told.sub,
                 flushed=True,
             )
-            detail = {"sub": told.sub, "sid": told.sid, "viewers_ended": ended}
-            await AuditTrail.add(session, replace(entry, outcome=Outcome.DONE, detail=detail))
+            detail = {**said, "viewers_ended": ended}
+            await AuditTrail.add(session, replace(granted, outcome=Outcome.DONE, detail=detail))
             return Response(status_code=200)
-    await gate.failed_tries.record(replace(entry, reason="replayed"))
-    return _bad_request(request, "This logout token was used before.")
+        # Of several at once another was first.
+        failed = replace(granted, outcome=Outcome.FAILED, reason="replayed")
+        await AuditTrail.add(session, failed)
+    return _bad_request(request, _USED)
 
 
 def _of(told: LogoutToken) -> sa.ColumnElement[bool]:
@@ -240,6 +250,9 @@ def _of(told: LogoutToken) -> sa.ColumnElement[bool]:
     if not told.sub:
         return of_sid
     return sa.and_(of_sub, sa.or_(of_sid, col(LaunchSession.actor_sid) == ""))
+
+
+_USED = "This logout token was used before."
 
 
 def _bad_request(request: Request, detail: str) -> Response:

@@ -31,6 +31,7 @@ from app.access import (
     Subject,
     glass,
 )
+from app.access.gate import carried
 from app.access.policy import BREAK_THE_GLASS
 from app.audit import Action, AuditTrail, Entry, Origin, Outcome
 from app.db import Database, Reader, utcnow
@@ -165,7 +166,7 @@ class Viewer:
             gone = signed_out(launch.actor, launch.actor_sid, launch.actor_since)
             if (await (await session.connection()).execute(gone)).first() is not None:
                 await self._over(session, launch, origin, EndedBecause.SIGNED_OUT)
-            await self._still_allowed(session, launch, origin, Subject.PATIENT, launch.patient_id)
+            access = await self.patient_access(session, launch, origin)
             cookie = secrets.token_urlsafe(32)
             redeemed = await session.exec(
                 sa.update(LaunchSession)
@@ -186,7 +187,8 @@ class Viewer:
                     raise SessionOver(because)
                 await self._gate.trail.record(replace(entry, reason="used"))
                 raise used()
-            await AuditTrail.add(session, replace(entry, outcome=Outcome.GRANTED))
+            granted = replace(entry, outcome=Outcome.GRANTED, detail=carried(access.by))
+            await AuditTrail.add(session, granted)
             await session.commit()
         query = {"StudyInstanceUIDs": opens, "ctx": ctx}
         if layout:
@@ -399,7 +401,9 @@ class Viewer:
             )
             .values(first_accessed_at=now, last_accessed_at=now)
         )
-        entry = access.entry(Outcome.GRANTED, purpose_of_use=launch.purpose_of_use)
+        entry = access.entry(
+            Outcome.GRANTED, purpose_of_use=launch.purpose_of_use, detail=carried(access.by)
+        )
         await self._gate.trail.record_if_first(unmarked, entry)
 
 

@@ -14,7 +14,7 @@ ASK_FOR_A_TIE = (
 ASK_PRIVACY_OFFICE = (
     "Ask one of the people who treat the patient, or the privacy office, to have you named."
 )
-ASK_PACS = "Call the radiology (PACS) administrator and give them the reference below."
+ASK_PACS = "Call the radiology (PACS) administrator and give them the reference of this answer."
 ASK_RADIOLOGY = (
     "Come back when the examination is done. If it should be there by now, call radiology."
 )

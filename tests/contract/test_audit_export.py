@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+from datetime import datetime, timedelta
 from html.parser import HTMLParser
 from typing import Any
 
@@ -12,10 +13,11 @@ from hypothesis import strategies as st
 
 from app.access import Relation
 from app.audit import Action
-from app.disclosures import EMERGENCY, RIGHTS, VIEWED, WAYS, WEIGHED
+from app.disclosures import BY_ROLE, DOWNLOADED, EMERGENCY, RIGHTS, VIEWED, WAYS, WEIGHED
 from app.routes import audit
 from app.routes.tables import as_text, csv_rows
-from tests.contract.test_merge import merged, unmerge
+from tests.contract.test_break_glass import break_glass
+from tests.contract.test_merge import WHY, merged, unmerge
 from tests.contract.test_reconciliation import arrive, one, waiting
 from tests.fake_orthanc import FakeOrthanc
 from tests.images import ct_image
@@ -39,6 +41,8 @@ async def test_the_trail_as_csv_is_what_the_json_says(shared: Shared) -> None:
     listed = await shared.lightbox.must(
         "auditor", "GET", "/audit", params={**params, "limit": "200"}
     )
+    its_own, *listed = listed
+    assert (its_own["action"], its_own["detail"]["query"]["limit"]) == ("audit:read", "200")
     assert [each["id"] for each in table] == [str(each["id"]) for each in listed]
     for line, said in zip(table, listed, strict=True):
         assert line.keys() == said.keys()
@@ -347,3 +351,178 @@ async def test_what_was_done_to_a_patient_is_told(shared: Shared) -> None:
     )
     assert found
     assert {each["action"] for each in found} - set(WAYS) <= {"session:end"}
+
+
+# ------------------------------------------------------------------------------- under what right
+
+
+async def on_the_care_team(lightbox: Lightbox, patient: Any, sub: str) -> None:
+    path = f"/patients/{patient['id']}/care-team/{sub}"
+    await lightbox.must("service", "PUT", path, json={"role": "attending"})
+
+
+ON_THE_TEAM = [RIGHTS[Relation.CARE_TEAM.value]]
+
+
+@pytest.mark.parametrize(
+    ("path", "told"),
+    [
+        ("/dicom-web/studies/{0}/series", VIEWED),
+        ("/dicom-web/studies/{0}", DOWNLOADED),
+        ("/dicom-web/studies", WAYS[Action.STUDY_LIST]),
+        ("/api/v1/patients", WAYS[Action.PATIENT_LIST]),
+        ("/api/v1/orders", WAYS[Action.ORDER_LIST]),
+        ("/api/v1/dicom/studies", WAYS[Action.STUDY_LIST]),
+    ],
+)
+async def test_each_way_names_its_right(
+    path: str, told: str, lightbox: Lightbox, world: World
+) -> None:
+    """Of who comes this one way only, and of nobody else in the list."""
+    await on_the_care_team(lightbox, world.mine, "nurse")
+    answer = await lightbox.ask("clinician", "GET", path.format(world.my_study), sub="nurse")
+    assert answer.status_code == 200, answer.text
+    entry = of(await report(lightbox, world.mine), "nurse")
+    assert (entry["did"], entry["rights"]) == ({told: 1}, ON_THE_TEAM)
+    assert entry["emergency"] is False
+    theirs = await report(lightbox, world.theirs)
+    assert [each for each in theirs["entries"] if each["person"] == "nurse"] == []
+
+
+async def test_each_record_of_a_viewer_names_its_right(lightbox: Lightbox, world: World) -> None:
+    """Each by itself, as where midnight is between them: that of the link is not there to help."""
+    await on_the_care_team(lightbox, world.mine, "nurse")
+    viewer = await lightbox.open(f"/{world.my_study}", sub="nurse")
+    assert (await viewer.get(f"/studies/{world.my_study}/series")).status_code == 200
+    await lightbox.must("clinician", "GET", "/viewer/sessions", sub="nurse")
+    found = [each for each in await lightbox.audit(actor="nurse") if each["patient_id"]]
+    listed, looked, opened, made, _ = found
+    assert (listed["action"], made["outcome"]) == ("session:list", "done")
+    for record, told in (
+        (listed, WAYS[Action.SESSION_LIST]),
+        (looked, VIEWED),
+        (opened, WAYS[Action.SESSION_OPEN]),
+    ):
+        at = datetime.fromisoformat(record["at"])
+        just_then = {"from": at.isoformat(), "to": (at + timedelta(microseconds=1)).isoformat()}
+        entry = of(await report(lightbox, world.mine, **just_then), "nurse")
+        assert (entry["did"], entry["rights"]) == ({told: 1}, ON_THE_TEAM)
+
+
+async def test_a_right_that_was_not_used_is_not_told(lightbox: Lightbox, world: World) -> None:
+    """A link of a right that is lost meanwhile, and a view by another."""
+    await on_the_care_team(lightbox, world.mine, "clinician")
+    await lightbox.must("clinician", "GET", f"/dicom/viewer/url/{world.my_study}")
+    path = f"/patients/{world.mine['id']}/care-team/clinician"
+    await lightbox.must("service", "DELETE", path)
+    await lightbox.ask("clinician", "GET", f"/dicom-web/studies/{world.my_study}/series")
+    entry = of(await report(lightbox, world.mine), "clinician")
+    assert entry["rights"] == [RIGHTS[Relation.REQUESTED.value]]
+
+
+async def test_who_ends_an_emergency_had_none(lightbox: Lightbox, world: World) -> None:
+    """The EHR that cancels the order of a viewer of a broken glass, and an auditor who revokes
+    one: their records are marked too, and tell of no access of theirs."""
+    await break_glass(lightbox, world.theirs["id"])
+    revoked = await lightbox.open(f"/{world.their_study}")
+    await lightbox.open(f"/order/{world.their_order['id']}")
+    await lightbox.must("auditor", "DELETE", f"/viewer/sessions/{revoked.ctx}")
+    path = f"/orders/{world.their_order['id']}"
+    await lightbox.must("service", "PATCH", path, json={"status": "cancelled"})
+    ended = rows(
+        lightbox,
+        "SELECT actor FROM audit_record WHERE action = 'session:end' AND purpose_of_use = 'BTG'",
+    )
+    assert {each["actor"] for each in ended} == {"auditor", "service"}
+    said = await report(lightbox, world.theirs)
+    for person in ("auditor", "service"):
+        entry = of(said, person)
+        assert (entry["emergency"], entry["rights"]) == (False, [BY_ROLE]), person
+    helper = of(said, "clinician")
+    assert (helper["emergency"], helper["rights"]) == (True, [EMERGENCY])
+
+
+async def test_who_reads_and_reviews_the_trail_is_told(lightbox: Lightbox, world: World) -> None:
+    grant = (await break_glass(lightbox, world.theirs["id"])).json()
+    await lightbox.must(
+        *("auditor", "POST", f"/audit/break-glass/{grant['id']}/review"),
+        json={"comment": "As it should be."},
+    )
+    for form in ("", ".csv"):
+        params = {"patient_id": world.theirs["id"]}
+        answer = await lightbox.ask("auditor", "GET", f"/api/v1/audit{form}", params=params)
+        assert answer.status_code == 200
+    await lightbox.must("auditor", "GET", "/audit")  # of everybody: of nobody in particular
+    answer = await lightbox.ask("auditor", "GET", "/api/v1/audit?patient_id=nobody")
+    assert answer.status_code == 422
+    did = of(await report(lightbox, world.theirs), "auditor")["did"]
+    assert did[WAYS[Action.GLASS_REVIEW]] == 1
+    assert did[WAYS[Action.AUDIT_READ]] == 2
+    mine = await report(lightbox, world.mine)
+    assert WAYS[Action.AUDIT_READ] not in of(mine, "auditor")["did"]
+
+
+async def test_each_sentence_stands_in_a_report(
+    lightbox: Lightbox, fake_orthanc: FakeOrthanc
+) -> None:
+    """One patient to whom everything is done: no sentence is one that never comes."""
+    patient, again = await lightbox.patient(), await lightbox.patient("MRN-2")
+    order = await lightbox.order(patient)
+    await on_the_care_team(lightbox, patient, "nurse")
+    sent = await lightbox.upload(
+        ct_image(patient_id="MRN-WRONG"), order_id=order["id"], coerce_patient="true"
+    )
+    assert sent.status_code == 200, sent.text
+    sent = await lightbox.upload(ct_image(patient_id="MRN-1"), order_id=order["id"])
+    assert sent.status_code == 200, sent.text
+    uid = sent.json()["study_instance_uid"]
+    viewer = await lightbox.open(f"/{uid}", sub="nurse")
+    assert (await viewer.get(f"/studies/{uid}/series")).status_code == 200
+    grant = (await break_glass(lightbox, patient["id"], sub="helper")).json()
+    arrived = await arrive(lightbox, fake_orthanc, ct_image(patient_id="MRN-l"))
+    (waits,) = await waiting(lightbox)
+    assert waits["StudyInstanceUID"] == arrived
+    await one(lightbox, arrived)
+    planned = await lightbox.order(patient)
+    certain = ct_image(
+        study_uid=planned["planned_study_instance_uid"], AccessionNumber=planned["accession_number"]
+    )
+    linked = await arrive(lightbox, fake_orthanc, certain)
+    await lightbox.must("service", "GET", f"/dicom/studies/{linked}")
+    own = f"/patients/{patient['id']}"
+    secret = {"level": "vip", "named": ["nurse"], "reason": "privacy"}
+    review = f"/audit/break-glass/{grant['id']}/review"
+    asked: list[tuple[str, str, str, Any]] = [
+        ("clinician", "GET", "/viewer/sessions", {}),
+        ("clinician", "GET", f"/dicom/viewer/why/patient/{patient['id']}", {}),
+        ("service", "GET", f"{own}/care-team", {}),
+        ("service", "GET", "/orders", {}),
+        ("service", "GET", f"/orders/{order['id']}", {}),
+        ("service", "PATCH", f"/orders/{order['id']}", {"json": {"attending": "nurse"}}),
+        ("service", "GET", "/patients", {}),
+        ("service", "GET", own, {}),
+        ("service", "PATCH", own, {"json": {"first_name": "Janet"}}),
+        ("service", "PUT", f"{own}/restriction", {"json": secret}),
+        ("service", "GET", f"{own}/restriction", {}),
+        ("service", "DELETE", f"{own}/restriction", {}),
+        ("service", "GET", "/dicom/studies", {}),
+        ("service", "GET", f"/dicom/studies/{uid}", {}),
+        ("service", "DELETE", f"/dicom/studies/{uid}", {"params": {"reason": "a wrong study"}}),
+        (
+            "service",
+            "POST",
+            f"/patients/{again['id']}/merge",
+            {"json": {**WHY, "into": patient["id"]}},
+        ),
+        ("auditor", "POST", review, {"json": {"comment": "As it should be."}}),
+        ("auditor", "GET", "/audit", {"params": {"patient_id": patient["id"]}}),
+        ("auditor", "GET", f"{own}/access-report", {}),
+    ]
+    answer = await lightbox.ask("service", "GET", f"/dicom-web/studies/{uid}")
+    assert answer.status_code == 200
+    for role, method, path, more in asked:
+        await lightbox.must(
+            role, method, path, sub="nurse" if role == "clinician" else None, **more
+        )
+    said = await report(lightbox, patient)
+    assert {way for each in said["entries"] for way in each["did"]} == {*WAYS.values(), WEIGHED}

@@ -14,6 +14,7 @@ from joserfc.jwk import OctKey
 from app import main
 from app.audit import Origin
 from app.db import utcnow
+from app.errors import DatabaseUnavailable
 from app.viewer.usage import Usage
 from tests.contract.test_viewer import another_study, frame_of, link_to, redeem, sign_of_life
 from tests.lightbox import SECRET, Lightbox, Opened, World
@@ -286,10 +287,37 @@ async def test_a_sign_in_that_ends_takes_its_viewers_with_it(
     ]
     assert (await tell(lightbox, logout_token(lightbox, sub="clinician"))).is_success
     assert [await reason(each, world.my_image) for each in views] == ["signed-out"] * 3
-    ended, done = records(lightbox, "told")[:2]
+    granted, ended, done = records(lightbox, "told")[:3]
+    assert (granted["action"], granted["outcome"]) == ("sign-out", "granted")
     assert (ended["action"], ended["reason"]) == ("session:end", "signed-out")
     assert (done["action"], done["outcome"]) == ("sign-out", "done")
     assert done["detail"] == {"sub": "", "sid": "ward", "viewers_ended": 1}
+
+
+@pytest.mark.parametrize("by", ["token", "ehr"])
+async def test_a_sign_out_that_is_cut_off_is_on_record(
+    by: str, lightbox: Lightbox, world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What it has committed before its viewers end refuses new links from then on."""
+
+    async def fail(*args: Any, **more: Any) -> int:
+        raise DatabaseUnavailable("The database does not answer.")
+
+    monkeypatch.setattr("app.viewer.closing.Closing.where", fail)
+    if by == "token":
+        answer = await tell(lightbox, logout_token(lightbox, sub="clinician"), "cut")
+    else:
+        sub, headers = {"sub": "clinician"}, {"X-Request-ID": "cut"}
+        answer = await lightbox.ask("service", "POST", LOGOUT, json=sub, headers=headers)
+    assert answer.status_code == 503
+    assert [(each["action"], each["outcome"]) for each in records(lightbox, "cut")] == [
+        ("sign-out", "granted"),
+        ("sign-out", "failed"),
+    ]
+    assert rows(lightbox, "SELECT count(*) AS open FROM operation") == [{"open": 0}]
+    assert [each["actor"] for each in rows(lightbox, "SELECT actor FROM ended_sign_in")] == [
+        "clinician"
+    ]
 
 
 async def test_a_sid_of_somebody_else_ends_nothing(lightbox: Lightbox, world: World) -> None:

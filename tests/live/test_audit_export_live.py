@@ -37,7 +37,8 @@ async def test_every_form_passes_the_edge(through_edge: Edged) -> None:
     )
     assert table.headers["content-disposition"] == 'attachment; filename="audit.csv"'
     lines = list(csv.DictReader(io.StringIO(table.content.decode("utf-8-sig"), newline="")))
-    assert [each["id"] for each in lines] == [each["id"] for each in events]
+    told = [each["id"] for each in lines if each["action"] != "audit:read"]  # this very one
+    assert told == [each["id"] for each in events]
     path = f"/api/v1/patients/{person.patient['id']}/access-report"
     page = await api.ask("auditor", "GET", path, headers={"Accept": "text/html"})
     assert page.headers["content-type"] == "text/html; charset=utf-8"

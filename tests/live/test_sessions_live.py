@@ -259,8 +259,8 @@ def test_a_sign_of_life_in_one_process_keeps_the_session_in_the_other(pair: Pair
 
 
 def test_what_the_check_costs(pair: Pair, record_property: Any) -> None:
-    """A frame's whole decision, asked for over loopback, in one statement on PostgreSQL; the bound
-    is generous, the figure is printed."""
+    """A frame's whole decision, asked for over loopback, in one statement on PostgreSQL: told,
+    not judged."""
     tab = Case.make(pair).open()
     took = []
     for _ in range(300):
@@ -270,4 +270,3 @@ def test_what_the_check_costs(pair: Pair, record_property: Any) -> None:
     p50, p95 = statistics.median(took), statistics.quantiles(took, n=20)[-1]
     record_property("frame_decision_ms_p50", round(p50, 2))
     print(f"a frame's decision over HTTP: p50 {p50:.2f} ms, p95 {p95:.2f} ms")
-    assert p50 < 100

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from app.atna import Reporter, audit_message
+from app.atna import Reporter, audit_message, events
 from app.atna.syslog import Receiver, syslog_message
 from app.audit import Action
 from app.audit.known import Known, KnownStudy
@@ -92,7 +92,13 @@ def test_the_check_of_the_schema_sees_what_is_wrong(at: int) -> None:
 
 EVENTS = [
     ("study:view", "granted", "a study's", "110103", "R", "0"),
-    ("study:view", "granted", "an order's", "110109", "R", "0"),
+    ("study:view", "granted", "a study's, by DICOMweb", "110103", "R", "0"),
+    ("study:view", "granted", "a study's, of a link", "study:view", "E", "0"),
+    ("study:view", "granted", "an order's", "study:view", "E", "0"),  # a link too
+    ("study:view", "granted", "a patient's", "study:view", "E", "0"),
+    ("study:view", "done", "a study's", "study:view", "E", "0"),
+    ("study:view", "failed", "a study's, of a link", "study:view", "E", "4"),
+    ("study:read", "granted", "an order's", "110109", "R", "0"),
     ("study:read", "granted", "a patient's", "110110", "R", "0"),
     ("study:coerce", "done", "a study's", "110103", "U", "0"),
     ("study:retrieve", "granted", "a study's", "110104", "R", "0"),
@@ -105,6 +111,19 @@ EVENTS = [
     ("audit:read", "granted", "a search's", "110101", "R", "0"),
     ("access:report", "granted", "a patient's", "110101", "R", "0"),
     ("glass:break", "done", "in an emergency", "110113", "E", "0"),
+    ("glass:break", "granted", "in an emergency", "glass:break", "E", "0"),
+    ("glass:break", "granted", "a patient's", "glass:break", "E", "0"),
+    ("glass:break", "failed", "in an emergency", "glass:break", "E", "4"),
+    ("glass:review", "granted", "a search's", "glass:review", "R", "0"),
+    ("glass:review", "done", "a patient's", "110110", "U", "0"),
+    ("study:link", "done", "a study's", "110110", "U", "0"),
+    ("study:link", "failed", "nobody's", "study:link", "U", "4"),
+    ("archive:change", "done", "a study's", "110110", "U", "0"),
+    ("archive:change", "done", "nobody's", "archive:change", "U", "0"),
+    ("worklist:publish", "done", "a study's, of an order", "110110", "R", "0"),
+    ("arrival:list", "granted", "a search's", "110112", "E", "0"),
+    ("arrival:list", "done", "a patient's", "110112", "E", "0"),
+    ("of:another-version", "done", "a patient's", "of:another-version", "E", "0"),
     ("restriction:write", "done", "a patient's", "110113", "E", "0"),
     ("study:view", "denied", "a study's", "110113", "E", "8"),
     ("audit:read", "denied", "nobody's", "110113", "E", "8"),
@@ -112,7 +131,7 @@ EVENTS = [
     ("session:open", "denied", "a patient's", "110114", "E", "8"),
     ("session:open", "granted", "a patient's", "110114", "E", "0"),
     ("session:end", "done", "a session's", "110114", "E", "0"),
-    ("statistics:read", "granted", "nobody's", "statistics:read", "E", "0"),
+    ("statistics:read", "granted", "nobody's", "statistics:read", "R", "0"),
 ]
 
 
@@ -126,6 +145,17 @@ def test_which_event_a_record_is(
     assert identification[0].get("csd-code") == code
     assert identification.get("EventActionCode") == verb
     assert identification.get("EventOutcomeIndicator") == indicator
+
+
+def test_every_action_is_an_event() -> None:
+    assert set(events.EVENTS) == set(Action)
+
+
+def test_a_glass_is_broken_once() -> None:
+    for outcome, codes in (("granted", 0), ("failed", 0), ("denied", 0), ("done", 1)):
+        found = message(record("glass:break", outcome, **WHOSE["in an emergency"]))
+        types = [each.get("csd-code") for each in found.iter("EventTypeCode")]
+        assert types.count("110127") == codes, outcome
 
 
 TYPES = [

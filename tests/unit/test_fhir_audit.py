@@ -3,6 +3,7 @@ they claim; and the dates of searches."""
 
 import base64
 import copy
+import re
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from typing import Any
@@ -18,7 +19,14 @@ from hypothesis import strategies as st
 from app.audit import Action
 from app.audit.known import Known, KnownStudy
 from app.errors import Unprocessable
-from app.fhir import Server, audit_event, capability_statement, operation_outcome, read_search
+from app.fhir import (
+    Server,
+    audit_event,
+    capability_statement,
+    codes,
+    operation_outcome,
+    read_search,
+)
 from app.fhir.search import read_date
 from app.models import AuditRecord
 from tests.audit_schema import BASE, balp_faults
@@ -93,6 +101,11 @@ def test_the_check_of_the_profiles_sees_what_is_wrong(at: int) -> None:
 
 CLAIMS = [
     ("study:view", "granted", "a study's", "PatientRead"),
+    ("study:view", "granted", "a study's, by DICOMweb", "PatientRead"),
+    ("study:view", "granted", "a study's, of a link", ""),
+    ("study:view", "granted", "an order's", ""),  # a link too
+    ("study:view", "granted", "a patient's", ""),
+    ("study:view", "done", "a study's", ""),
     ("study:retrieve", "granted", "a study's", "PatientRead"),
     ("study:retrieve", "granted", "in an emergency", "PatientRead"),
     ("patient:read", "granted", "a patient's", "PatientRead"),
@@ -116,6 +129,9 @@ CLAIMS = [
     ("sign-in", "denied", "nobody's", ""),
     ("session:end", "done", "a session's", ""),
     ("glass:break", "done", "in an emergency", ""),
+    ("glass:review", "granted", "a search's", "Read"),
+    ("glass:review", "done", "a patient's", "PatientUpdate"),
+    ("of:another-version", "done", "a patient's", ""),
 ]
 
 
@@ -125,6 +141,33 @@ def test_a_profile_is_claimed_where_balp_has_one(
 ) -> None:
     found = event(record(action, outcome, **WHOSE[about]))
     assert found["meta"].get("profile", []) == ([BASE + profile] if profile else [])
+
+
+def test_every_action_has_a_kind() -> None:
+    assert set(codes.KINDS) == set(Action)
+
+
+WHAT = [
+    ("glass:break", "done", "in an emergency", "110127", "E", ""),
+    ("glass:break", "granted", "in an emergency", "operation", "E", "granted; a glass that was"),
+    ("glass:break", "failed", "in an emergency", "operation", "E", ""),
+    ("glass:break", "denied", "refused", "operation", "E", "no-relationship: You may not."),
+    ("glass:review", "granted", "a search's", "read", "R", ""),
+    ("glass:review", "done", "a patient's", "update", "U", ""),
+    ("study:view", "granted", "a study's", "read", "R", ""),
+    ("study:view", "granted", "a study's, of a link", "operation", "E", "granted; what became"),
+    ("study:view", "done", "a study's, of a link", "operation", "E", ""),
+]
+
+
+@pytest.mark.parametrize(("action", "outcome", "about", "subtype", "verb", "said"), WHAT)
+def test_what_kind_of_event_a_record_is(
+    action: str, outcome: str, about: str, subtype: str, verb: str, said: str
+) -> None:
+    found = event(record(action, outcome, **WHOSE[about]))
+    assert (found["subtype"][0]["code"], found["action"]) == (subtype, verb)
+    assert found.get("outcomeDesc", "").startswith(said)
+    assert bool(said) is ("outcomeDesc" in found)
 
 
 @pytest.mark.parametrize(
@@ -280,6 +323,58 @@ def test_a_comma_that_belongs_to_the_value_is_written_with_a_backslash() -> None
     (condition,) = read_search([("agent", r"dr.lee,o\,neil")]).conditions
     values = condition.compile().params.values()
     assert list(values) == ["dr.lee", "o,neil"]
+
+
+ISSUER = "https://login.hospital.example"
+AGENTS = [
+    ("dr.lee", "", ["dr.lee"]),
+    ("Practitioner/dr.lee", "", ["dr.lee"]),
+    (r"auth0\|123", "", ["auth0|123"]),
+    (r"auth0\|123", ISSUER, ["auth0|123"]),
+    (rf"{ISSUER}|auth0\|123", ISSUER, ["auth0|123"]),
+    (rf"{ISSUER}|auth0\|123", "", None),
+    ("https://other.example|dr.lee", ISSUER, None),
+    ("|dr.lee", ISSUER, None),  # FHIR: without a system
+    ("|dr.lee", "", ["dr.lee"]),
+    (f"{ISSUER}|", ISSUER, [""]),  # anybody
+    ("auth0|123", "", None),  # a system that nobody here has
+    (r"a\\,b", "", ["a\\", "b"]),  # a backslash of the value, and then "or"
+]
+
+
+@pytest.mark.parametrize(("value", "issuer", "subs"), AGENTS)
+@pytest.mark.parametrize("name", ["agent", "agent:identifier"])
+def test_a_bar_divides_system_and_sub_unless_it_is_written_with_a_backslash(
+    name: str, value: str, issuer: str, subs: list[str] | None
+) -> None:
+    (condition,) = read_search([(name, value)], token_issuer=issuer).conditions
+    assert list(condition.compile().params.values()) == (subs or [])
+    assert (str(condition) in ("false", "0 = 1")) is (subs is None)
+    assert ("!=" in str(condition)) is (subs == [""])
+
+
+def test_what_the_resource_says_of_a_person_finds_them() -> None:
+    found = event(record("study:view", "granted", actor="auth0|123"))
+    who = found["agent"][2]["who"]["identifier"]
+    value = "|".join(re.sub(r"([\\,|$])", r"\\\1", who[each]) for each in ("system", "value"))
+    (condition,) = read_search(
+        [("agent:identifier", value)], token_issuer=SERVER.token_issuer
+    ).conditions
+    assert list(condition.compile().params.values()) == ["auth0|123"]
+
+
+def test_more_bars_than_one_are_refused() -> None:
+    with pytest.raises(Unprocessable, match=r"More than one"):
+        read_search([("agent", "https://login.hospital.example|auth0|123")])
+
+
+@pytest.mark.parametrize(
+    ("value", "is_found"),
+    [("urn:oid:1.2", True), ("urn:dicom:uid|urn:oid:1.2", True), ("urn:other|1.2", False)],
+)
+def test_a_study_is_found_by_the_system_of_uids(value: str, is_found: bool) -> None:
+    (condition,) = read_search([("entity:identifier", value)]).conditions
+    assert list(condition.compile().params.values()) == (["1.2"] if is_found else [])
 
 
 def test_lenient_leaves_out_what_it_does_not_know_and_says_so() -> None:
