@@ -2,7 +2,6 @@
 
 import asyncio
 import random
-import uuid
 from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,6 +12,8 @@ from pydicom.uid import generate_uid
 from app.identity import Role, issue_token
 from app.settings import Settings
 from tests.images import ct_image
+from tests.killed import desk
+from tests.killed.desk import Desk
 
 RELATED = {"Content-Type": 'multipart/related; type="application/dicom"; boundary=cut-here'}
 PEOPLE = 5
@@ -29,6 +30,7 @@ KINDS = {
     "cancel": 1,
     "care-team": 2,
     "view": 3,
+    **desk.KINDS,
 }
 
 
@@ -66,7 +68,7 @@ class World:
     unanswered: Counter[str] = field(default_factory=Counter)
 
 
-class Clients:
+class Clients(Desk):
     """The hospital: `work` until the app dies."""
 
     def __init__(self, settings: Settings, url: str, chance: random.Random) -> None:
@@ -76,7 +78,7 @@ class Clients:
         self._url = url
         self._tokens = {
             role: issue_token(settings, role, [Role(role)], minutes=60)
-            for role in ("service", "technologist", "clinician", "radiologist")
+            for role in ("service", "technologist", "clinician", "radiologist", "auditor")
         }
 
     def client(self) -> httpx.AsyncClient:
@@ -116,16 +118,10 @@ class Clients:
         """Patients, orders, and an image each, so that every operation has something."""
         async with self.client() as client:
             for _ in range(PEOPLE):
-                mrn = f"MRN-{uuid.uuid4().hex[:8]}"
-                person = {"first_name": "Jane", "last_name": "Doe", "dob": "1980-01-01"}
-                body = {**person, "sex": "F", "mrn": mrn}
-                made = await self.ask(
-                    client, "patient", "service", "POST", "/api/v1/patients", json=body
-                )
-                assert made is not None
-                assert made.status_code == 201, made.text
-                orders = [await self._order(client, made.json()) for _ in range(ORDERS)]
-                self.world.people.append((made.json(), orders))
+                patient = await desk.register(self, client)
+                assert patient is not None
+                orders = [await self._order(client, patient) for _ in range(ORDERS)]
+                self.world.people.append((patient, orders))
                 await self.upload(client)
 
     async def _order(self, client: httpx.AsyncClient, patient: Any) -> Any:
@@ -242,21 +238,32 @@ class Clients:
     async def view(self, client: httpx.AsyncClient) -> None:
         """A viewer link, opened, and a frame."""
         sent = self.chance.choice(self.world.sent)
-        path = f"/api/v1/dicom/viewer/url/{sent.study_uid}"
-        link = await self.ask(client, "view", "clinician", "GET", path)
-        if link is None or not link.is_success:
+        ctx, cookie = await self._opened(client, "view", sent)
+        if not ctx:
             return
-        code = httpx.URL(link.json()["url"]).params["launch"]
-        opened = await self.ask(
-            client, "open", "clinician", "GET", "/viewer", params={"launch": code}
-        )
-        if opened is None or opened.status_code != 303:
-            return
-        cookie = opened.headers["set-cookie"].partition(";")[0]
-        client.cookies.clear()
-        ctx = httpx.URL(opened.headers["location"]).params["ctx"]
         frame = (
             f"/s/{ctx}/dicom-web/studies/{sent.study_uid}/series/{sent.series_uid}"
             f"/instances/{sent.sop_uid}/frames/1"
         )
         await self.ask(client, "frame", "clinician", "GET", frame, headers={"Cookie": cookie})
+
+    async def _opened(self, client: httpx.AsyncClient, kind: str, sent: Sent) -> tuple[str, str]:
+        """The name and the cookie of a viewer; empty where there is none."""
+        path = f"/api/v1/dicom/viewer/url/{sent.study_uid}"
+        link = await self.ask(client, kind, "clinician", "GET", path)
+        if link is None or not link.is_success:
+            return "", ""
+        code = httpx.URL(link.json()["url"]).params["launch"]
+        opened = await self.ask(
+            client, "open", "clinician", "GET", "/viewer", params={"launch": code}
+        )
+        if opened is None or opened.status_code != 303:
+            return "", ""
+        cookie = opened.headers["set-cookie"].partition(";")[0]
+        client.cookies.clear()
+        return httpx.URL(opened.headers["location"]).params["ctx"], cookie
+
+    async def viewer(self, client: httpx.AsyncClient) -> str:
+        """An open one; empty where there is none."""
+        ctx, _ = await self._opened(client, "view", self.chance.choice(self.world.sent))
+        return ctx

@@ -141,6 +141,11 @@ FILTERS: list[tuple[dict[str, str], int]] = [
 ]
 
 
+def told(records: list[Any]) -> list[Any]:
+    """Without the reading itself, which is of the patient too."""
+    return [each for each in records if each["action"] != "audit:read"]
+
+
 async def test_filters_and_pages(live: Lightbox) -> None:
     """By patient, study, actor, action and time; every record on exactly one page."""
     person = await make_person(live)
@@ -158,7 +163,7 @@ async def test_filters_and_pages(live: Lightbox) -> None:
         assert len(found) == count, filters
     of_study = await live.audit(study_instance_uid=study)
     assert {each["study_instance_uid"] for each in of_study} == {study}
-    everything = await live.audit(**patient)
+    everything = told(await live.audit(**patient))
     seen: list[Any] = []
     path: str | None = f"/api/v1/audit?patient_id={person.patient['id']}&limit=3"
     while path:
@@ -166,10 +171,10 @@ async def test_filters_and_pages(live: Lightbox) -> None:
         assert len(page.json()) <= 3
         seen += page.json()
         path = page.links.get("next", {}).get("url")
-    assert [each["id"] for each in seen] == [each["id"] for each in everything]
+    assert [each["id"] for each in told(seen)] == [each["id"] for each in everything]
     middle = everything[len(everything) // 2]
-    since = await live.audit(**patient, **{"from": middle["at"]})
-    before = await live.audit(**patient, to=middle["at"])
+    since = told(await live.audit(**patient, **{"from": middle["at"]}))
+    before = told(await live.audit(**patient, to=middle["at"]))
     assert len(since) + len(before) == len(everything)
     assert middle["id"] in {each["id"] for each in since}
 
